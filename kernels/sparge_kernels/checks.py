@@ -1,0 +1,113 @@
+"""What `sparge::attention` accepts, as pure checks: static facts for a compiler, whole calls for the operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparge_kernels.thresholds import check_count
+
+MAX_HEAD_DIM = 256  # 127 * 127 * 256 < 2^24: INT8 products stay exact in fp32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = ("int8", "none")
+DEVICES = ("cpu",)
+
+
+def supported_device(device: torch.device) -> str | None:
+    """None if a kernel exists for the device, else the reason in words."""
+    if device.type in DEVICES:
+        return None
+    return f"there is no kernel for device '{device.type}'; supported: {', '.join(DEVICES)}"
+
+
+def check_static(head_dim: int, value_head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """None if calls of this kind are supported, else the reason in words."""
+    for name, dim in (("head_dim", head_dim), ("value head_dim", value_head_dim)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            return f"{name} {dim} is not supported; allowed: 1 to {MAX_HEAD_DIM}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not supported; allowed: {_names(DTYPES)}"
+    return supported_device(device)
+
+
+def check_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    thresholds: Sequence[float],
+    *,
+    enable_gqa: bool,
+    precision: str,
+    layout: Sequence[int],
+) -> None:
+    """ValueError or TypeError on a call no kernel takes. Symbolic sizes are left to the run-time check."""
+    named = {"query": query, "key": key, "value": value}
+    for name, tensor in named.items():
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; sparge::attention takes [batch, heads, tokens, head_dim]. "
+                "Unsqueeze or reshape it to 4 dimensions."
+            )
+    _check_dtype_and_device(named)
+    _check_sizes(query, key, value)
+    _check_heads(query.shape[1], key.shape[1], enable_gqa)
+    if precision not in PRECISIONS:
+        hint = " (fp8 needs a GPU kernel)" if precision == "fp8" else ""
+        raise ValueError(f"precision={precision!r} is not supported{hint}; allowed: {_names(PRECISIONS)}.")
+    if sorted(layout) != [0, 1, 2, 3]:
+        raise ValueError(f"layout={list(layout)} is not a permutation of [0, 1, 2, 3], outermost first.")
+    if isinstance(query.shape[1], int):
+        check_count(thresholds, query.shape[1])
+
+
+def _check_dtype_and_device(named: dict[str, Tensor]) -> None:
+    dtypes = {name: tensor.dtype for name, tensor in named.items()}
+    if len(set(dtypes.values())) != 1 or dtypes["query"] not in DTYPES:
+        raise TypeError(
+            f"dtypes are {_pairs(dtypes)}; query, key and value must share one of {_names(DTYPES)}. Cast them."
+        )
+    devices = {name: tensor.device for name, tensor in named.items()}
+    if len(set(devices.values())) != 1:
+        raise ValueError(
+            f"devices are {_pairs(devices)}; query, key and value must be on one device. Move them."
+        )
+
+
+def _check_sizes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    for what, sizes in (
+        ("batch size (dim 0)", (query.shape[0], key.shape[0], value.shape[0])),
+        ("number of kv heads (dim 1)", (key.shape[1], value.shape[1])),
+        ("number of keys (dim 2)", (key.shape[2], value.shape[2])),
+        ("head_dim of query and key (dim 3)", (query.shape[3], key.shape[3])),
+    ):
+        if len({size for size in sizes if isinstance(size, int)}) > 1:
+            raise ValueError(f"{what} differs: {shapes}. It must be equal; batches are not broadcast.")
+    for name, dim in (("head_dim", query.shape[3]), ("value head_dim", value.shape[3])):
+        if isinstance(dim, int) and not 1 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} is {dim}; 1 to {MAX_HEAD_DIM} is allowed. Use F.scaled_dot_product_attention."
+            )
+
+
+def _check_heads(q_heads: int, kv_heads: int, enable_gqa: bool) -> None:
+    if not (isinstance(q_heads, int) and isinstance(kv_heads, int)) or q_heads == kv_heads:
+        return
+    if not enable_gqa:
+        raise ValueError(
+            f"{q_heads} query heads over {kv_heads} kv heads; equal numbers are allowed. "
+            "Pass enable_gqa=True to share each kv head between consecutive query heads."
+        )
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise ValueError(f"{q_heads} query heads over {kv_heads} kv heads; enable_gqa allows multiples only.")
+
+
+def _names(options: Sequence[object]) -> str:
+    return ", ".join(str(option).removeprefix("torch.") for option in options)
+
+
+def _pairs(named: dict[str, object]) -> str:
+    return ", ".join(f"{name} {what}" for name, what in named.items())

@@ -1,0 +1,182 @@
+"""The operator `sparge::attention`: schema, fake, validation and dispatch by device. Imports no Triton.
+
+`sparge::attention` returns the output; `sparge::attention_with_stats` returns (output, density, pv_skipped).
+Arguments of both:
+
+    query [B, Hq, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv]: one dtype (fp32, bf16 or fp16), one
+        device, any strides. Hq == Hkv, or Hq a multiple of Hkv with enable_gqa (repeat_interleave semantics).
+    thresholds: 4 numbers for all heads or for each query head, see thresholds.pack.
+    is_causal: top-left aligned. scale: default 1 / sqrt(D).
+    precision: "int8" or "none" (no quantization).
+    min_tokens: a call with fewer queries or keys runs dense (density 1, pv_skipped 0).
+    layout: the output's memory order, outermost dimension first, so that its strides follow from the
+        arguments alone. The default is the order B, S, H, D.
+    site: the attention site's name, for `record_stats`.
+
+The operator is opaque: define plus one implementation per device. It has no backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparge_kernels.checks import check_call, check_static, supported_device
+from sparge_kernels.thresholds import unpack
+
+__all__ = ["StatsRecord", "check_static", "record_stats", "supported_device"]
+
+_ARGUMENTS = (
+    "(Tensor query, Tensor key, Tensor value, *, float[] thresholds, bool is_causal=False, "
+    "float? scale=None, bool enable_gqa=False, str precision='int8', int min_tokens=0, "
+    "int[] layout=[0, 2, 1, 3], str site='')"
+)
+# The kernels take any strides, so Inductor need not copy inputs to the strides seen while tracing.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+torch.library.define("sparge::attention", f"{_ARGUMENTS} -> Tensor", tags=_TAGS)
+torch.library.define(
+    "sparge::attention_with_stats",
+    f"{_ARGUMENTS} -> (Tensor output, Tensor density, Tensor pv_skipped)",
+    tags=_TAGS,
+)
+
+
+@dataclass(frozen=True)
+class StatsRecord:
+    """What one call did: density and pv_skipped are fp32 [B, Hq] on the call's device."""
+
+    site: str
+    density: Tensor
+    pv_skipped: Tensor
+    ran: Literal["sparse", "dense"]
+
+
+_records: ContextVar[list[StatsRecord] | None] = ContextVar("sparge_stats_records", default=None)
+
+
+@contextmanager
+def record_stats() -> Iterator[list[StatsRecord]]:
+    """Yields a list to which every sparge call inside, in this thread or task, appends a StatsRecord."""
+    records: list[StatsRecord] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    thresholds: Sequence[float],
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    precision: str = "int8",
+    min_tokens: int = 0,
+    layout: Sequence[int] = (0, 2, 1, 3),
+    site: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_call(query, key, value, thresholds, enable_gqa=enable_gqa, precision=precision, layout=layout)
+    out = _empty_output(query, value, layout)
+    per_head = unpack(thresholds, query.shape[1])
+    too_short = min(query.shape[2], key.shape[2]) < min_tokens
+    with torch.autocast(query.device.type, enabled=False):
+        if too_short or out.numel() == 0 or key.numel() == 0:
+            _dense(query, key, value, is_causal, scale, enable_gqa, out)
+            density = torch.ones(query.shape[:2], device=query.device)
+            pv_skipped = torch.zeros_like(density)
+        else:
+            from sparge_kernels.cpu import blocked
+
+            density, pv_skipped = blocked.attention(
+                query,
+                key,
+                value,
+                thresholds=per_head,
+                is_causal=is_causal,
+                scale=query.shape[-1] ** -0.5 if scale is None else scale,
+                precision=precision,
+                out=out,
+            )
+    records = _records.get()
+    if records is not None:
+        records.append(StatsRecord(site, density, pv_skipped, "dense" if too_short else "sparse"))
+    return out, density, pv_skipped
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool, out: Tensor
+) -> None:
+    """`F.scaled_dot_product_attention` into `out`."""
+    if scale is not None and scale <= 0:
+        # CPU SDPA gives NaN for a causal call with scale <= 0: let q carry the sign.
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    out.copy_(
+        F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    )
+
+
+def _empty_output(query: Tensor, value: Tensor, layout: Sequence[int]) -> Tensor:
+    shape = (*query.shape[:3], value.shape[3])
+    return torch.empty_permuted(shape, layout, dtype=query.dtype, device=query.device)
+
+
+def _attention_cpu(*args: Any, **kwargs: Any) -> Tensor:
+    return _run(*args, **kwargs)[0]
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    thresholds: Sequence[float],
+    enable_gqa: bool = False,
+    precision: str = "int8",
+    layout: Sequence[int] = (0, 2, 1, 3),
+    **_: Any,
+) -> Tensor:
+    check_call(query, key, value, thresholds, enable_gqa=enable_gqa, precision=precision, layout=layout)
+    return _empty_output(query, value, layout)
+
+
+def _fake_with_stats(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    density = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    return _fake(query, *args, **kwargs), density, torch.empty_like(density)
+
+
+def _unsupported(query: Tensor, *_: Any, **__: Any) -> Any:
+    raise NotImplementedError(f"sparge::attention: {supported_device(query.device)}")
+
+
+def _refuse_grad(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    # Called only when grad mode is on and an input requires grad.
+    raise RuntimeError(
+        "sparge::attention has no backward, and grad mode is on with an input that requires grad. Run under "
+        "torch.no_grad(), or use F.scaled_dot_product_attention where a gradient is needed."
+    )
+
+
+def _no_backward(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("sparge::attention has no backward.")
+
+
+for _name, _implementation, _fake_implementation in (
+    ("sparge::attention", _attention_cpu, _fake),
+    ("sparge::attention_with_stats", _run, _fake_with_stats),
+):
+    torch.library.impl(_name, "default", _unsupported)
+    torch.library.impl(_name, "cpu", _implementation)
+    torch.library.register_fake(_name, _fake_implementation)
+    torch.library.register_autograd(_name, _no_backward, setup_context=_refuse_grad)

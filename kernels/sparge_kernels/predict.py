@@ -1,0 +1,115 @@
+"""Stage 1: which tiles of the score matrix are worth computing (arXiv 2502.18137, section 3.2).
+
+`select_tiles` is the only entry a kernel needs; its steps are public because kernels are tested step by step.
+The departures from the paper are listed and reasoned in reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
+from sparge_kernels.tiles import diagonal_tiles, past_tiles, split_tiles, tile_lengths
+
+# ceil(0.07 * 100) is 8 in floating point: a product this little above a whole number is that number.
+_CEIL_SLACK = 1e-6
+
+
+def tile_means(x: Tensor, tile: int) -> Tensor:
+    """Mean vector of each tile, padding excluded: [..., S, D] -> [..., n, D]."""
+    lengths = tile_lengths(x.shape[-2], tile, x.device)
+    return split_tiles(x, tile).sum(-2) / lengths[:, None]
+
+
+def key_centres(k_means: Tensor, k_len: int, is_causal: bool) -> Tensor:
+    """What each K tile is centred by before its self-similarity: [..., nK, D] -> [..., nK, D].
+
+    The mean of all keys; under causal the mean of the keys of tiles 0..j, so that no later key is looked at.
+    """
+    lengths = tile_lengths(k_len, K_TILE, k_means.device)[:, None]
+    sums = k_means * lengths
+    if is_causal:
+        return sums.cumsum(-2) / lengths.cumsum(0)
+    return (sums.sum(-2, keepdim=True) / max(k_len, 1)).expand_as(k_means)
+
+
+def self_similarity(x: Tensor, tile: int, centres: Tensor | None = None) -> Tensor:
+    """Mean of the Gram matrix of each tile's L2-normalised rows: [..., S, D] -> [..., n], in [0, 1].
+
+    Computed as ||sum of the normalised rows||^2 / n^2. Zero rows count as rows and contribute zeros; padding
+    is no row. `centres` [..., n, D] is subtracted from the rows of each tile first. Non-finite rows give NaN.
+    """
+    lengths = tile_lengths(x.shape[-2], tile, x.device)
+    rows = split_tiles(x, tile)
+    if centres is not None:
+        real = torch.arange(tile, device=x.device) < lengths[:, None]  # [n, tile]
+        rows = torch.where(real[..., None], rows - centres[..., None, :], 0)
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    unit = torch.where(norms == 0, 0, rows / norms)
+    return unit.sum(-2).square().sum(-1) / lengths.square()
+
+
+def proxy_scores(q_means: Tensor, k_means: Tensor, scale: float) -> Tensor:
+    """Scores of the tile means, [..., nQ, D] x [..., nK, D] -> [..., nQ, nK], in nats."""
+    return q_means @ k_means.transpose(-1, -2) * scale
+
+
+def keep_largest(proxy: Tensor, candidates: Tensor, threshold: Thresholds) -> Tensor:
+    """The candidates one head keeps: proxy scores [..., nQ, nK] and a bool mask -> bool [..., nQ, nK].
+
+    The largest softmax weights until their sum reaches `cdf` (the tile that crosses it is kept), or the best
+    ceil(topk * candidates) of the row. Equal weights: the lower tile index first. A row whose proxy softmax
+    is not a number cannot be predicted: all its candidates are kept.
+    """
+    weights = torch.softmax(proxy.masked_fill(~candidates, -torch.inf), dim=-1)
+    # A candidate whose weight underflows to 0 must still rank before a tile that is no candidate.
+    order = weights.masked_fill(~candidates, -1).argsort(dim=-1, descending=True, stable=True)
+    if threshold.topk is not None:
+        allowed = (candidates.sum(-1, keepdim=True) * threshold.topk - _CEIL_SLACK).ceil().clamp(min=1)
+        ranked = torch.arange(proxy.shape[-1], device=proxy.device) < allowed
+    elif threshold.cdf >= 1:
+        return candidates
+    else:
+        reached = weights.gather(-1, order).cumsum(-1)
+        ranked = F.pad(reached[..., :-1], (1, 0)) < threshold.cdf
+    kept = torch.zeros_like(candidates).scatter(-1, order, ranked.expand_as(order))
+    unpredictable = weights.isnan().any(-1, keepdim=True)
+    return candidates & (kept | unpredictable)
+
+
+def finite_tiles(x: Tensor, tile: int) -> Tensor:
+    """Bool [..., n]: every number of the tile is finite. [..., S, D] -> [..., n]."""
+    return split_tiles(x.isfinite(), tile, fill=True).all(-1).all(-1)
+
+
+def select_tiles(
+    q: Tensor, k: Tensor, v: Tensor, *, thresholds: Sequence[Thresholds], is_causal: bool, scale: float
+) -> Tensor:
+    """Stage 1: the tiles whose Q K^T is computed, bool [B, Hq, nQ, nK].
+
+    q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], fp32 or fp64; one threshold entry per query head.
+    Query head h reads kv head h // (Hq // Hkv). Tiles in the causal future are never selected.
+    """
+    group = q.shape[1] // k.shape[1]
+    q_means, k_means = tile_means(q, Q_TILE), tile_means(k, K_TILE)
+    q_similarity = self_similarity(q, Q_TILE)
+    k_similarity = self_similarity(k, K_TILE, key_centres(k_means, k.shape[-2], is_causal))
+    k_finite = finite_tiles(k, K_TILE) & finite_tiles(v, K_TILE) & k_means.isfinite().all(-1)
+    k_similarity = k_similarity.masked_fill(~k_finite, torch.nan)  # NaN is below every theta
+    q_similarity = q_similarity.masked_fill(~q_means.isfinite().all(-1), torch.nan)
+
+    past = past_tiles(q.shape[-2], k.shape[-2], is_causal, q.device)
+    diagonal = diagonal_tiles(q.shape[-2], k.shape[-2], is_causal, q.device)
+    kept = []
+    for head, threshold in enumerate(thresholds):
+        kv_head = head // group
+        predictable_q = (q_similarity[:, head] >= threshold.similarity)[:, :, None]  # [B, nQ, 1]
+        predictable_k = (k_similarity[:, kv_head] >= threshold.similarity)[:, None, :]  # [B, 1, nK]
+        proxy = proxy_scores(q_means[:, head], k_means[:, kv_head], scale)
+        largest = keep_largest(proxy, predictable_k & past, threshold)
+        kept.append(diagonal | past & (largest | ~predictable_q | ~predictable_k))
+    return torch.stack(kept, dim=1)

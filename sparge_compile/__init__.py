@@ -1,0 +1,28 @@
+"""sparge-compile: `torch.compile(model, backend="sparge")` finds attention calls and rewrites those where it pays.
+
+Importing this package is never needed for the backend string; it brings the rest of the public interface.
+"""
+
+from sparge_compile.context import rewriting
+from sparge_compile.explain import explain
+from sparge_compile.functional import AttentionStats, attention
+from sparge_compile.policy import Policy
+from sparge_compile.profile import Profile, ProfileError
+from sparge_compile.report import Report, SiteReport, last_report
+from sparge_compile.site import StrictPolicyError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionStats",
+    "Policy",
+    "Profile",
+    "ProfileError",
+    "Report",
+    "SiteReport",
+    "StrictPolicyError",
+    "attention",
+    "explain",
+    "last_report",
+    "rewriting",
+]

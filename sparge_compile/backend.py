@@ -1,0 +1,130 @@
+"""The entry point `sparge`: find attention, claim, choose thresholds, rewrite, hand the graph to Inductor."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import CodeType
+from typing import Any
+
+from torch import fx
+
+from sparge_compile import context, dynamo
+from sparge_compile.claim import claim
+from sparge_compile.graph import blocker, written_nodes
+from sparge_compile.matchers import find_sites
+from sparge_compile.policy import Policy, split_options
+from sparge_compile.report import LAST, SiteReport, describe
+from sparge_compile.rewrite import rewrite
+from sparge_compile.site import AttentionSite, Claim, Decision, Refusal, StrictPolicyError
+from sparge_compile.thresholds import decide
+
+log = logging.getLogger("sparge_compile")
+
+
+def sparge(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend of `torch.compile(model, backend="sparge")`; TorchDynamo calls it once per graph and variant.
+
+    Args:
+        gm: the TorchDynamo graph.
+        example_inputs: its fake inputs.
+        mode: Inductor's, unchanged.
+        options: keys `sparge.<field>` set Policy fields for this compile; the rest is Inductor's, unchanged.
+
+    Raises:
+        ValueError, TypeError: an unknown `sparge.` key, or a policy value out of range.
+        RuntimeError: an option or mode that Inductor does not know.
+        StrictPolicyError: the policy is strict and an attention call cannot be rewritten.
+    """
+    base, inductor_options = split_options(options)
+    LAST.add(dynamo.compile_owner(), transform(gm, base))
+    return dynamo.compile_with_inductor(gm, example_inputs, mode, inductor_options)
+
+
+def transform(gm: fx.GraphModule, base: Policy, prefix: str = "") -> list[SiteReport]:
+    """Rewrites `gm` in place under the policy in force and says what was done; without attention it does nothing.
+
+    Args:
+        gm: a TorchDynamo graph.
+        base: the policy of the compile, before the contexts around it.
+        prefix: the qualified name of the module the graph was traced from, within the whole model.
+    """
+    sites = find_sites(gm, prefix)
+    if not sites:
+        log.debug("no attention call in a graph of %d nodes", len(gm.graph.nodes))
+        return []
+    policy = context.in_force(base)
+    if dynamo.is_compiling_frame():
+        context.guard_on_policy_in_force(base)
+        _warn_before_recompile_limit(policy)
+    outcomes = [(site, outcome) for site, outcome in zip(sites, _decide_all(gm, sites, policy), strict=True)]
+    reports = [describe(site, outcome) for site, outcome in outcomes]
+    _check_strict(policy, reports)
+    rewrite(gm, [outcome for _, outcome in outcomes if isinstance(outcome, Decision)])
+    _announce(policy, reports)
+    return reports
+
+
+def _decide_all(gm: fx.GraphModule, sites: Sequence[AttentionSite], policy: Policy) -> list[Decision | Refusal]:
+    if not policy.enabled:
+        return [Refusal("rewriting is off (enabled=False)", requested=True) for _ in sites]
+    blocked = blocker(gm.graph)
+    if blocked is not None:
+        return [Refusal(blocked) for _ in sites]
+    written = written_nodes(gm.graph)
+    outcomes: list[Decision | Refusal] = []
+    for site in sites:
+        claimed = claim(site, policy, written)
+        outcomes.append(decide(claimed, policy) if isinstance(claimed, Claim) else claimed)
+    return outcomes
+
+
+def _check_strict(policy: Policy, reports: Sequence[SiteReport]) -> None:
+    refused = [report for report in reports if not report.rewritten and not report.requested]
+    if policy.strict and refused:
+        lines = "\n".join(f"  {report.name} ({report.source}): {report.reason}" for report in refused)
+        raise StrictPolicyError(
+            f"strict=True, and {len(refused)} of {len(reports)} attention calls cannot be rewritten:\n{lines}\n"
+            "Name them in Policy.dense, or drop strict."
+        )
+
+
+def _announce(policy: Policy, reports: Sequence[SiteReport]) -> None:
+    """Every rewrite goes to the log; a graph in which nothing was rewritten is said out loud."""
+    for report in reports:
+        log.info("%s: %s", report.name, "rewritten" if report.rewritten else f"dense, {report.reason}")
+    if policy.enabled and not any(report.rewritten or report.requested for report in reports):
+        reasons = sorted({report.reason or "" for report in reports})
+        warnings.warn(
+            f"sparge: none of {len(reports)} attention calls in this graph was rewritten; it runs dense.\n  "
+            + "\n  ".join(reasons)
+            + "\nprint(sparge_compile.last_report()) lists every call.",
+            stacklevel=2,
+        )
+
+
+_policies_of_code: defaultdict[CodeType, set[str]] = defaultdict(set)
+
+
+def _warn_before_recompile_limit(policy: Policy) -> None:
+    """Past its recompile limit TorchDynamo runs the model eagerly and silently; say so one variant earlier."""
+    code = dynamo.code_being_compiled()
+    if code is None:
+        return
+    tokens = _policies_of_code[code]
+    tokens.add(policy.token)
+    if len(tokens) == dynamo.recompile_limit():
+        warnings.warn(
+            f"sparge: {code.co_qualname if hasattr(code, 'co_qualname') else code.co_name} is now compiled for "
+            f"{len(tokens)} policies, torch's recompile limit. Under one more policy it will run eagerly, without "
+            "Inductor and without sparse attention. Use fewer policies, or raise torch._dynamo.config.recompile_limit.",
+            stacklevel=2,
+        )

@@ -1,0 +1,136 @@
+"""`rewriting()`: the ambient policy, and the text that compiled graphs are guarded on.
+
+The policy in force is the compile's own (its `options`) changed by every `rewriting` context around the call,
+outermost first. Contexts live in a ContextVar, so threads and asyncio tasks never see each other's. A compiled graph
+that holds attention carries one guard: `STATE.base_<digest>.token`, the text of the policy in force for its compile.
+Equal policies give equal texts, so they share one compiled variant however they were written.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+from sparge_compile import dynamo
+from sparge_compile.policy import Policy, replace
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _Frame:
+    """One entered context: the frame around it, what it changes, and the tokens already computed inside it."""
+
+    __slots__ = ("change", "parent", "tokens")
+
+    def __init__(self, parent: _Frame | None, change: Callable[[Policy], Policy]) -> None:
+        self.parent = parent
+        self.change = change
+        self.tokens: dict[str, str] = {}  # per base: a guard runs this on every call of compiled code
+
+    def apply(self, base: Policy) -> Policy:
+        return self.change(self.parent.apply(base) if self.parent else base)
+
+
+_FRAME: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("sparge_rewriting", default=None)
+
+
+def in_force(base: Policy) -> Policy:
+    """`base` as changed by the contexts around the caller."""
+    frame = _FRAME.get()
+    return base if frame is None else frame.apply(base)
+
+
+class _Base:
+    """The policy of one or more compiles. TorchDynamo guards read `token`."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._key = policy.identity
+        self._token = policy.token
+
+    @property
+    def token(self) -> str:
+        frame = _FRAME.get()
+        if frame is None:
+            return self._token
+        token = frame.tokens.get(self._key)
+        if token is None:
+            token = frame.tokens[self._key] = frame.apply(self._policy).token
+        return token
+
+
+class _State:
+    """Holds one `base_<digest>` attribute for each distinct policy that something was compiled with."""
+
+
+STATE = _State()
+
+
+def guard_on_policy_in_force(base: Policy) -> None:
+    """Makes the graph being compiled valid only under the policy in force now."""
+    # The digest makes the attribute name the same in every process, as a saved guard would need.
+    name = f"base_{hashlib.sha256(base.identity.encode()).hexdigest()[:16]}"
+    if not hasattr(STATE, name):
+        setattr(STATE, name, _Base(base))
+    dynamo.install_attribute_guard(__name__, "STATE", name, "token")
+
+
+class rewriting:
+    """Context manager and decorator: the policy for everything compiled with the sparge backend that runs inside.
+
+    `rewriting(policy)` replaces the policy whole; `rewriting(**fields)` changes these fields of the policy in force.
+    `rewriting(enabled=False)` gives back the plain Inductor graph. Contexts nest, hold for the current thread or
+    asyncio task only, and are undone when an exception leaves them. Each policy is compiled once and then cached.
+
+    Raises:
+        ValueError, TypeError: a field that does not exist or is out of range (when constructed, not when entered).
+        TypeError: used to decorate a generator function, whose body would run outside the context.
+    """
+
+    _dynamo_forbidden = True  # entering inside compiled code is an error of torch's, not a silent no-op
+
+    def __init__(self, policy: Policy | None = None, **fields: Any) -> None:
+        if policy is not None and not isinstance(policy, Policy):
+            raise TypeError(f"rewriting({policy!r}): takes a sparge_compile.Policy, or its fields as keywords.")
+        replace(policy or Policy(), fields)  # checks the fields now, where the traceback points at the mistake
+        self._policy = policy
+        self._fields = fields
+
+    def _change(self, policy: Policy) -> Policy:
+        return replace(self._policy or policy, self._fields)
+
+    def __enter__(self) -> None:
+        _FRAME.set(_Frame(_FRAME.get(), self._change))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        frame = _FRAME.get()
+        _FRAME.set(frame.parent if frame else None)
+
+    def __call__(self, function: _Function) -> _Function:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"rewriting() cannot decorate the generator function {function.__qualname__}: its body would run "
+                "outside the context. Use `with rewriting(...)` inside it."
+            )
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def call_async(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+            return cast(_Function, call_async)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return cast(_Function, call)

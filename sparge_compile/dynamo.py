@@ -1,0 +1,244 @@
+"""Everything that touches a private name of torch, and nothing else. Each function has a canary in tests/test_dynamo.py.
+
+What the rest of the compiler needs from TorchDynamo: install the policy guard, ask and guard facts about symbolic
+sizes, know which `torch.compile` is compiling, hear when a compile starts and ends, and hand over to Inductor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+import torch._dynamo.config
+from torch import fx, nn
+from torch._dynamo import callback as _callback
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
+
+Size = int | torch.SymInt
+_STACK_ENTRY = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+def install_attribute_guard(module: str, *attributes: str) -> None:
+    """Makes the graph being compiled valid only while `module.a.b...` equals what it is now.
+
+    EQUALS_MATCH on a str: checked in C++ on every call of the compiled code, about 0.1 us.
+    """
+    source: Any = _translator().import_source(module)
+    for attribute in attributes:
+        source = AttrSource(source, attribute)
+    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+def is_compiling_frame() -> bool:
+    """True inside a backend that TorchDynamo called (and not, say, one called by hand on a GraphModule)."""
+    try:
+        return _translator() is not None and TracingContext.try_get() is not None
+    except AttributeError:
+        return False
+
+
+def compile_owner() -> object | None:
+    """The callable that `torch.compile` made for the compile in progress; one per call of `torch.compile`."""
+    return _translator().output.compiler_fn if is_compiling_frame() else None
+
+
+def code_being_compiled() -> CodeType | None:
+    """The code object of the frame in progress: what torch's recompile limit counts variants of."""
+    return _translator().output.root_tx.f_code if is_compiling_frame() else None
+
+
+def root_module() -> nn.Module | None:
+    """The module whose forward is the frame in progress; None for a plain function.
+
+    TorchDynamo records no nn_module_stack for it: a frame that starts inside a model, after a graph break, shows its
+    submodules only.
+    """
+    if not is_compiling_frame():
+        return None
+    root = _translator().output.root_tx.f_locals.get("self")
+    return root if isinstance(root, nn.Module) else None
+
+
+def uncompiled(model: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any] | None]:
+    """(what a compiled module or function was made from, the `options` it was compiled with), or (model, None)."""
+    carrier = model
+    if isinstance(model, nn.Module) and not hasattr(model, "_orig_mod"):
+        carrier = getattr(model, "_compiled_call_impl", None) or model  # compiled in place by module.compile()
+        original: Any = model
+    else:
+        original = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", model)
+    link = getattr(getattr(carrier, "dynamo_ctx", None), "callback", None) or _closure(carrier).get("callback")
+    while link is not None and not hasattr(link, "kwargs"):
+        link = getattr(link, "_torchdynamo_orig_backend", None)
+    return original, getattr(link, "kwargs", {}).get("options")
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or not cells:
+        return {}
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+
+
+@contextlib.contextmanager
+def not_compiled_in_place(model: Any) -> Iterator[None]:
+    """Undoes `module.compile()` inside the context: TorchDynamo would run that compile instead of the caller's."""
+    compiled = getattr(model, "_compiled_call_impl", None) if isinstance(model, nn.Module) else None
+    if compiled is None:
+        yield
+        return
+    model._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled
+
+
+def recompile_limit() -> int:
+    """How many variants of one code object TorchDynamo keeps before it silently runs eagerly."""
+    return torch._dynamo.config.recompile_limit
+
+
+@contextlib.contextmanager
+def more_recompiles(extra: int) -> Iterator[None]:
+    """Room for `extra` more compiled variants of each code object inside the context."""
+    with torch._dynamo.config.patch(
+        recompile_limit=torch._dynamo.config.recompile_limit + extra,
+        accumulated_recompile_limit=torch._dynamo.config.accumulated_recompile_limit + extra,
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def compile_listeners(start: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Calls `start` before and `end` after every TorchDynamo compile that happens inside the context."""
+
+    def on_start(_: Any) -> None:
+        start()
+
+    def on_end(_: Any) -> None:
+        end()
+
+    handler = _callback.callback_handler
+    handler.register_start_callback(on_start)
+    handler.register_end_callback(on_end)
+    try:
+        yield
+    finally:
+        handler.remove_start_callback(on_start)
+        handler.remove_end_callback(on_end)
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """True if the condition holds for every size this graph may be called with. Adds no guard."""
+    return statically_known_true(condition)
+
+
+def guard(condition: bool | torch.SymBool) -> bool | None:
+    """Decides a condition on sizes by the sizes at hand, and guards the graph on it.
+
+    Returns None, adding no guard, where the caller gave a dimension bounds with `mark_dynamic(min=, max=)`: a guard
+    that cuts those bounds raises ConstraintViolationError after the backend has returned.
+    """
+    if isinstance(condition, bool):
+        return condition
+    if known(condition):
+        return True
+    if known(torch.sym_not(condition)):
+        return False
+    if condition.node.expr.free_symbols & _bounded_symbols():
+        return None
+    return bool(condition)
+
+
+def specialize(value: Any) -> Any:
+    """A symbolic number as a plain one, guarded on it; None if it is bounded by the caller or depends on data."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    node = value.node
+    if node.expr.is_number:
+        return node.pytype(node.expr)
+    if not node.has_hint() or node.expr.free_symbols & _bounded_symbols():
+        return None
+    return node.pytype(value)
+
+
+def hint(size: Size) -> int | None:
+    """The size at hand, without a guard; None where it depends on data."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
+
+
+def physical_layout(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions from the slowest to the fastest in memory (as `torch.empty_permuted` takes them), by the hints."""
+    strides = [hint(stride) or 0 for stride in tensor.stride()]
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
+
+
+def module_path(node: fx.Node) -> tuple[str, str] | None:
+    """(path as TorchDynamo writes it, class name) of the innermost module a node was traced in."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path, owner = list(stack.values())[-1]
+    return str(path), owner.__name__ if isinstance(owner, type) else str(owner).rsplit(".", 1)[-1]
+
+
+def user_frame(node: fx.Node) -> tuple[str, int, str] | None:
+    """(file, line, function) of the innermost user frame a node was traced in."""
+    entries = _STACK_ENTRY.findall(node.meta.get("stack_trace") or node.stack_trace or "")
+    return (entries[-1][0], int(entries[-1][1]), entries[-1][2]) if entries else None
+
+
+def example(node: fx.Node) -> Any:
+    """The fake tensor or symbolic number that TorchDynamo computed for a node; None if it has none."""
+    return node.meta.get("example_value")
+
+
+def set_example(node: fx.Node, value: Any) -> None:
+    """Records the fake value of a node that we inserted."""
+    node.meta["example_value"] = value
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Is this a dense tensor of the graph, and not a subclass of the user's, a nested or a sparse tensor?"""
+    return isinstance(tensor, FakeTensor) and tensor.layout == torch.strided
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    """Inductor exactly as `torch.compile(backend="inductor", mode=, options=)` would call it, checks included.
+
+    Raises:
+        RuntimeError: an unknown mode or option. A custom backend gets both unvalidated, and "default" never arrives.
+    """
+    return torch._TorchCompileInductorWrapper(mode, options, None)(gm, example_inputs)
+
+
+def _translator() -> Any:
+    return InstructionTranslator.current_tx()
+
+
+def _bounded_symbols() -> set[Any]:
+    """Symbols of dimensions that the caller bounded with `mark_dynamic(min=, max=)`."""
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None or context.fake_mode.shape_env is None:
+        return set()
+    symbols: set[Any] = set()
+    for tracked in context.fake_mode.shape_env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for size, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            if isinstance(constraint, StrictMinMaxConstraint) and isinstance(size, torch.SymInt):
+                symbols |= size.node.expr.free_symbols
+    return symbols

@@ -1,0 +1,177 @@
+"""`attention`: the kernel itself behind the signature of `F.scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparge_compile.policy import Policy, replace
+from sparge_compile.site import StrictPolicyError
+from sparge_compile.thresholds import from_policy
+from sparge_kernels import ops
+from sparge_kernels.thresholds import pack
+
+
+class AttentionStats(NamedTuple):
+    """What a call did, as tensors (reading them is the caller's host sync, not ours).
+
+    density: fp32, the query's leading dimensions (batch, heads): share of the visible tiles that were computed.
+    pv_skipped: same shape: share of the computed tiles whose P V product was skipped.
+    """
+
+    density: Tensor
+    pv_skipped: Tensor
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    policy: Policy | None = None,
+    return_stats: Literal[False] = False,
+    **fields: Any,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    policy: Policy | None = None,
+    return_stats: Literal[True],
+    **fields: Any,
+) -> tuple[Tensor, AttentionStats]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    policy: Policy | None = None,
+    return_stats: bool = False,
+    **fields: Any,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """Sparse, quantized attention with the contract of `F.scaled_dot_product_attention` (SpargeAttn, section 3).
+
+    Args:
+        q: [..., q_heads, q_len, head_dim], fp32, bf16 or fp16.
+        k, v: [..., kv_heads, k_len, head_dim], same dtype and device.
+        attn_mask, dropout_p, is_causal, scale, enable_gqa: as there. Causal is aligned top-left.
+        policy: thresholds and limits; None is `Policy()`. `rewriting` contexts select policies for compiled models
+            and do not reach this function. `dense` and `profile` name sites, so they have no effect here, and
+            `min_tokens=None` is no minimum: the call asked for this kernel.
+        return_stats: also return `AttentionStats`.
+        **fields: policy fields to change.
+
+    Returns:
+        [..., q_heads, q_len, value head_dim] in q's dtype, or (that, stats).
+        What cannot be done sparsely (a mask, dropout, a needed gradient, an unsupported dtype, size or device) is
+        done by `F.scaled_dot_product_attention`, with density 1.
+
+    Raises:
+        StrictPolicyError: the policy is strict and the call cannot be done sparsely.
+        ValueError, TypeError: a policy field that does not exist or is out of range.
+    """
+    chosen = Policy() if policy is None else policy
+    if fields:
+        chosen = replace(chosen, fields)
+    reason = "the policy is disabled" if not chosen.enabled else _why_dense(q, k, v, attn_mask, dropout_p, enable_gqa)
+    if reason is None and chosen.precision == "fp8":
+        reason = "precision='fp8' needs a GPU kernel; use 'auto' or 'int8'"
+    short = min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
+    if reason is not None or short:
+        if reason is not None and chosen.enabled and chosen.strict:
+            raise StrictPolicyError(f"strict=True, and this call cannot be done sparsely: {reason}.")
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        if not return_stats:
+            return out
+        density = torch.ones(q.shape[:-2], dtype=torch.float32, device=q.device)
+        return out, AttentionStats(density, torch.zeros_like(density))
+    return _sparse(q, k, v, chosen, is_causal, scale, enable_gqa, return_stats)
+
+
+def _why_dense(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, enable_gqa: bool
+) -> str | None:
+    if attn_mask is not None:
+        return "attn_mask is given; masks are not supported yet"
+    if dropout_p != 0:
+        return f"dropout is active (dropout_p={dropout_p})"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "a gradient is needed and the kernel has no backward; run it under torch.no_grad()"
+    if min(q.dim(), k.dim(), v.dim()) < 2 or not q.dim() == k.dim() == v.dim():
+        return f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions"
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        return f"q, k and v differ in dtype or device ({q.dtype}, {k.dtype}, {v.dtype}; {q.device}, {k.device}, {v.device})"
+    if q.shape[:-3] != k.shape[:-3] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
+        return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} need broadcasting"
+    if q.dim() > 2 and q.shape[-3] != k.shape[-3]:
+        q_heads, k_heads = q.shape[-3], k.shape[-3]
+        if not enable_gqa or k_heads == 0 or q_heads % k_heads:
+            return f"{q_heads} query heads over {k_heads} key heads (enable_gqa={enable_gqa})"
+    return ops.check_static(q.shape[-1], v.shape[-1], q.dtype, q.device)
+
+
+def _sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Policy,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    leading = q.shape[:-2]
+    q, k, v = (_four_dimensions(x) for x in (q, k, v))
+    operator = torch.ops.sparge.attention_with_stats if return_stats else torch.ops.sparge.attention
+    result = operator(
+        q,
+        k,
+        v,
+        thresholds=pack([from_policy(policy)]),
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        precision="int8" if policy.precision == "auto" else policy.precision,
+    )
+    if not return_stats:
+        return result.reshape(*leading, *result.shape[-2:])
+    out, density, pv_skipped = result
+    stats = AttentionStats(density.reshape(leading), pv_skipped.reshape(leading))
+    return out.reshape(*leading, *out.shape[-2:]), stats
+
+
+def _four_dimensions(x: Tensor) -> Tensor:
+    """[..., heads, tokens, dim] as [batch, heads, tokens, dim]; the missing dimensions are 1."""
+    if x.dim() > 4:
+        return x.flatten(0, -4)
+    return x[(None,) * (4 - x.dim())]

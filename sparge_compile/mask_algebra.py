@@ -1,0 +1,344 @@
+"""Abstract values of mask sub-graphs and the tensor operations on them.
+
+`Affine` is an integer tensor whose element at coordinates x is offset + sum(coefficient_d * x_d). `Open` is a mask:
+open where all its bounds (`Affine <= 0`) hold, closed elsewhere; boolean, or additive with 0 and minus infinity.
+Every operation takes the fake tensor of its result first and returns an abstract value or raises `Unproven`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from sparge_compile import dynamo
+from sparge_compile.dynamo import Size
+
+Shape = Sequence[Size]
+
+
+class Unproven(Exception):
+    """The meaning of a mask could not be proven; the message says what stood in the way."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """offset + sum(coefficients[d] * coordinate[d]); a dimension of size 1 always has coefficient 0."""
+
+    coefficients: tuple[int, ...]
+    offset: Any = 0
+
+    def plus(self, other: Affine, sign: int = 1) -> Affine:
+        """self + sign * other, right-aligned as broadcasting does."""
+        rank = max(len(self.coefficients), len(other.coefficients))
+        mine, theirs = self.aligned(rank).coefficients, other.aligned(rank).coefficients
+        summed = tuple(a + sign * b for a, b in zip(mine, theirs, strict=True))
+        return Affine(summed, self.offset + sign * other.offset)
+
+    def aligned(self, rank: int) -> Affine:
+        return Affine((0,) * (rank - len(self.coefficients)) + self.coefficients, self.offset)
+
+
+@dataclass(frozen=True)
+class Open:
+    """A mask that is open where every bound is <= 0. No bounds: open everywhere."""
+
+    bounds: tuple[Affine, ...] = ()
+    additive: bool = False
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A float tensor that is minus infinity everywhere."""
+
+
+def _number(value: Any) -> Affine | None:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return Affine((), value)
+    return None
+
+
+def _affine(value: Any) -> Affine:
+    found = value if isinstance(value, Affine) else _number(value)
+    if found is None:
+        raise Unproven("the mask mixes index arithmetic with something else")
+    return found
+
+
+def _is_minus_infinity(value: Any) -> bool:
+    """Minus infinity, or the lowest number of a float type, which libraries write for it."""
+    lowest = (torch.finfo(t).min for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+    return isinstance(value, (int, float)) and (value == -math.inf or value in tuple(lowest))
+
+
+def _each(value: Any, change: Callable[[Affine], Affine]) -> Any:
+    """Applies a change of coordinates to an abstract value."""
+    if isinstance(value, Affine):
+        return change(value)
+    if isinstance(value, Open):
+        return replace(value, bounds=tuple(change(b) for b in value.bounds))
+    return value
+
+
+def _arange(result: torch.Tensor, *args: Any, start: Any = 0, end: Any = None, step: Any = 1, **_: Any) -> Affine:
+    if len(args) >= 2:
+        start, step = args[0], (args[2] if len(args) > 2 else step)
+    first, stride = _number(start), _number(step)
+    if first is None or stride is None or not isinstance(stride.offset, int) or result.dtype.is_floating_point:
+        raise Unproven("the mask counts positions in a way that is not understood")
+    return Affine((stride.offset,), first.offset)
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == 0
+
+
+def _add(result: torch.Tensor, left: Any, right: Any) -> Affine | Open:
+    if isinstance(left, Open) and isinstance(right, Open) and left.additive and right.additive:
+        return Open(left.bounds + right.bounds, additive=True)
+    return _affine(left).plus(_affine(right))
+
+
+def _sub(result: torch.Tensor, left: Any, right: Any) -> Affine:
+    return _affine(left).plus(_affine(right), -1)
+
+
+def _neg(result: torch.Tensor, value: Any) -> Affine:
+    return Affine((), 0).plus(_affine(value), -1)
+
+
+def _compare(result: torch.Tensor, smaller: Any, larger: Any, *, strict: bool) -> Open:
+    """smaller <= larger, or smaller < larger: over integers, smaller + 1 <= larger."""
+    bound = _affine(smaller).plus(_affine(larger), -1)
+    return Open((Affine(bound.coefficients, bound.offset + int(strict)),))
+
+
+def _both(result: torch.Tensor, left: Any, right: Any) -> Open:
+    if not (isinstance(left, Open) and isinstance(right, Open)) or left.additive or right.additive:
+        raise Unproven("the mask combines values that are not boolean masks")
+    return Open(left.bounds + right.bounds)
+
+
+def _not(result: torch.Tensor, value: Any) -> Open:
+    if not isinstance(value, Open) or value.additive or len(value.bounds) != 1:
+        raise Unproven("the mask negates a combination")
+    (bound,) = value.bounds
+    flipped = Affine((), 1).plus(bound, -1)  # not (b <= 0)  is  b >= 1  is  1 - b <= 0
+    return Open((flipped,))
+
+
+def _fill(result: torch.Tensor, value: Any) -> Open | Closed:
+    if result.dtype == torch.bool and isinstance(value, (bool, int)) and value == 1:
+        return Open()
+    if result.dtype.is_floating_point and _is_zero(value):
+        return Open(additive=True)
+    if result.dtype.is_floating_point and _is_minus_infinity(value):
+        return Closed()
+    raise Unproven("the mask is filled with a value that is neither open nor closed")
+
+
+def _full(result: torch.Tensor, _size: Any, fill_value: Any, *_: Any, **__: Any) -> Open | Closed:
+    return _fill(result, fill_value)
+
+
+def _ones(result: torch.Tensor, *_: Any, **__: Any) -> Open | Closed:
+    return _fill(result, 1)
+
+
+def _zeros(result: torch.Tensor, *_: Any, **__: Any) -> Open | Closed:
+    return _fill(result, 0)
+
+
+def _triangle(result: torch.Tensor, value: Any, diagonal: Any = 0, *, lower: bool) -> Open:
+    if not isinstance(diagonal, (int, torch.SymInt)):
+        raise Unproven("the diagonal of a triangle is not a number")
+    sign = 1 if lower else -1
+    shape = (0,) * (result.dim() - 2)
+    kept = Affine((*shape, -sign, sign), -sign * diagonal)  # tril: j - i - d <= 0, triu: i - j + d <= 0
+    if isinstance(value, Closed):  # open where the closed triangle was cut away
+        return Open((Affine((), 1).plus(kept, -1),), additive=True)
+    if isinstance(value, Open) and not value.additive:
+        return Open((*value.bounds, kept))
+    raise Unproven("a triangle is cut out of something that is not a mask")
+
+
+def _masked_fill(result: torch.Tensor, value: Any, where: Any, fill: Any) -> Open:
+    if not isinstance(value, Open) or not isinstance(where, Open):
+        raise Unproven("the mask fills something that is not a mask")
+    closing = fill is False if not value.additive else _is_minus_infinity(fill)
+    if not closing:
+        raise Unproven("the mask is filled with a value that does not close it")
+    return Open(value.bounds + _not(result, where).bounds, additive=value.additive)
+
+
+def _all_open(value: Any) -> bool:
+    return _is_zero(value) or value == Open(additive=True)
+
+
+def _all_closed(value: Any) -> bool:
+    return isinstance(value, Closed) or _is_minus_infinity(value)
+
+
+def _where(result: torch.Tensor, condition: Any, yes: Any, no: Any) -> Open:
+    if isinstance(condition, Open) and not condition.additive and result.dtype.is_floating_point:
+        if _all_open(yes) and _all_closed(no):
+            return Open(condition.bounds, additive=True)
+        if _all_closed(yes) and _all_open(no):
+            return Open(_not(result, condition).bounds, additive=True)
+    raise Unproven("the mask chooses between values that are not open and closed")
+
+
+def _same(result: torch.Tensor, value: Any, *_: Any, **__: Any) -> Any:
+    return value
+
+
+def _convert(result: torch.Tensor, value: Any, *_: Any, **__: Any) -> Any:
+    """A change of dtype keeps indices and additive masks; a boolean mask must stay boolean."""
+    if isinstance(value, Affine) and not result.dtype.is_floating_point and result.dtype != torch.bool:
+        return value
+    if isinstance(value, (Open, Closed)):
+        boolean = isinstance(value, Open) and not value.additive
+        if boolean == (result.dtype == torch.bool) and boolean != result.dtype.is_floating_point:
+            return value
+    raise Unproven("the mask changes its type")
+
+
+def _broadcast(result: torch.Tensor, value: Any, *_: Any, **__: Any) -> Any:
+    return _each(value, lambda a: a.aligned(result.dim()))
+
+
+def _unsqueeze(result: torch.Tensor, value: Any, dim: int) -> Any:
+    place = dim if dim >= 0 else result.dim() + dim
+
+    def insert(a: Affine) -> Affine:
+        c = a.aligned(result.dim() - 1).coefficients
+        return Affine((*c[:place], 0, *c[place:]), a.offset)
+
+    return _each(value, insert)
+
+
+def _getitem(result: torch.Tensor, value: Any, index: Any) -> Any:
+    items = index if isinstance(index, tuple) else (index,)
+    return _each(value, lambda a: _index(a, items, result.dim()))
+
+
+def _index(a: Affine, items: tuple[Any, ...], rank: int) -> Affine:
+    """Indexing by None, Ellipsis, integers and slices that start at a known place."""
+    added = sum(item is None for item in items)
+    dropped = sum(isinstance(item, int) for item in items)
+    a = a.aligned(rank - added + dropped)  # the rank before indexing
+    taken = sum(item is not None and item is not Ellipsis for item in items)
+    if Ellipsis not in items:
+        items = (*items, Ellipsis)
+    out: list[int] = []
+    offset, place = a.offset, 0
+    for item in items:
+        if item is None:
+            out.append(0)
+        elif item is Ellipsis:
+            span = len(a.coefficients) - taken
+            out.extend(a.coefficients[place : place + span])
+            place += span
+        elif isinstance(item, (slice, int)):
+            start = item.start if isinstance(item, slice) else item
+            if start is not None and not (isinstance(start, (int, torch.SymInt)) and dynamo.known(start >= 0)):
+                raise Unproven("the mask is indexed from the end")
+            if isinstance(item, slice) and item.step not in (None, 1):
+                raise Unproven("the mask is indexed with a step")
+            offset = offset + a.coefficients[place] * (start or 0)
+            if isinstance(item, slice):
+                out.append(a.coefficients[place])
+            place += 1
+        else:
+            raise Unproven("the mask is indexed by data")
+    return Affine(tuple(out), offset)
+
+
+def _swapped(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda result, left, right: operation(result, right, left)
+
+
+_less = partial(_compare, strict=False)
+_strictly_less = partial(_compare, strict=True)
+
+# By the name of the operation, whatever its spelling (function, method, operator, aten).
+_TABLE: dict[str, Callable[..., Any]] = {
+    "arange": _arange,
+    "add": _add,
+    "sub": _sub,
+    "subtract": _sub,
+    "neg": _neg,
+    "le": _less,
+    "lt": _strictly_less,
+    "ge": _swapped(_less),
+    "gt": _swapped(_strictly_less),
+    "and_": _both,
+    "__and__": _both,
+    "bitwise_and": _both,
+    "logical_and": _both,
+    "invert": _not,
+    "__invert__": _not,
+    "bitwise_not": _not,
+    "logical_not": _not,
+    "ones": _ones,
+    "ones_like": _ones,
+    "new_ones": _ones,
+    "zeros": _zeros,
+    "zeros_like": _zeros,
+    "new_zeros": _zeros,
+    "full": _full,
+    "full_like": _full,
+    "tril": partial(_triangle, lower=True),
+    "triu": partial(_triangle, lower=False),
+    "masked_fill": _masked_fill,
+    "where": _where,
+    "to": _convert,
+    "bool": _convert,
+    "int": _convert,
+    "long": _convert,
+    "float": _convert,
+    "half": _convert,
+    "bfloat16": _convert,
+    "contiguous": _same,
+    "clone": _same,
+    "detach": _same,
+    "expand": _broadcast,
+    "expand_as": _broadcast,
+    "broadcast_to": _broadcast,
+    "unsqueeze": _unsqueeze,
+    "getitem": _getitem,
+    "__getitem__": _getitem,
+}
+
+
+def evaluate(name: str, result: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The abstract value of one operation.
+
+    Args:
+        name: the operation's name (`graph.op_name`).
+        result: the fake tensor it computes; only shape and dtype are read.
+        args, kwargs: its arguments, tensors replaced by their abstract values.
+
+    Raises:
+        Unproven: the operation, or this use of it, is not understood.
+    """
+    operation = _TABLE.get(name)
+    if operation is None:
+        raise Unproven(f"the mask goes through {name}, which is not understood")
+    try:
+        inspect.signature(operation).bind(result, *args, **kwargs)
+    except TypeError:
+        raise Unproven(f"the mask uses {name} with arguments that are not understood") from None
+    return _each(operation(result, *args, **kwargs), lambda a: _normalized(a, result.shape))
+
+
+def _normalized(a: Affine, shape: Shape) -> Affine:
+    """Full rank, and coefficient 0 where there is only coordinate 0: such a dimension may be broadcast later."""
+    a = a.aligned(len(shape))
+    pairs = zip(a.coefficients, shape, strict=True)
+    return Affine(tuple(0 if isinstance(n, int) and n == 1 else c for c, n in pairs), a.offset)

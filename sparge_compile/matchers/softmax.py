@@ -1,0 +1,84 @@
+"""Attention written out by hand: a matrix product, a softmax, a matrix product. Reported; not rewritten yet.
+
+Also kernels of other libraries that arrive as an opaque call (flash-attn, xformers, flex_attention): a user who asks
+where attention is must see them.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from sparge_compile import dynamo
+from sparge_compile.graph import op_name
+from sparge_compile.site import AttentionSite
+
+_SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax}
+_PRODUCTS = {torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, torch.functional.einsum}
+_PRODUCT_METHODS = {"matmul", "bmm", "baddbmm", "__matmul__", "__rmatmul__"}
+_OTHER_KERNELS = re.compile(
+    r"flash_attn|flash_attention|xformers|memory_efficient_attention|flex_attention|sageattn|sage_attn|varlen_attn"
+)
+# What may stand between the products and the softmax: operations that keep a map of scores a map of scores.
+_ON_SCORES = {
+    "add", "iadd", "add_", "sub", "isub", "mul", "imul", "mul_", "div", "div_", "truediv", "itruediv", "neg",
+    "masked_fill", "masked_fill_", "where", "to", "float", "half", "bfloat16", "double", "type", "type_as",
+    "dropout", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone", "detach",
+    "expand", "getitem", "clamp", "maximum", "tanh", "tril", "triu", "nan_to_num", "cat", "unsqueeze", "squeeze",
+}  # fmt: skip
+_REACH = 12
+
+
+def is_softmax(node: fx.Node) -> bool:
+    """Is this node a softmax, in function or method form?"""
+    if node.op == "call_function":
+        return node.target in _SOFTMAX_FUNCTIONS
+    return node.op == "call_method" and node.target == "softmax"
+
+
+def is_product(node: fx.Node) -> bool:
+    """Is this node a matrix product of two activations, in function, method or operator form?"""
+    if node.op == "call_function":
+        return node.target in _PRODUCTS
+    return node.op == "call_method" and node.target in _PRODUCT_METHODS
+
+
+def match(gm: fx.GraphModule) -> list[AttentionSite]:
+    """Every hand-written attention and every other library's attention call, with the reason it stays as it is."""
+    sites = []
+    for node in gm.graph.nodes:
+        if is_softmax(node) and _reaches(node, forward=False) and _reaches(node, forward=True):
+            reason = (
+                "attention written out as matmul, softmax, matmul; this release rewrites "
+                "F.scaled_dot_product_attention calls only (many libraries select it with attn_implementation='sdpa')"
+            )
+            sites.append(AttentionSite(node, "softmax", unmatched=reason))
+        elif node.op == "call_function" and _OTHER_KERNELS.search(_target_name(node)):
+            reason = f"already a call of another attention kernel ({_target_name(node)})"
+            sites.append(AttentionSite(node, "opaque", unmatched=reason))
+    return sites
+
+
+def _reaches(softmax: fx.Node, *, forward: bool) -> bool:
+    """Is there a matrix product within reach, along nodes whose output is still a map of scores?"""
+    example = dynamo.example(softmax)
+    if not isinstance(example, torch.Tensor) or example.dim() < 2:
+        return False
+    frontier, seen = [softmax], {softmax}
+    for _ in range(_REACH):
+        neighbours = [n for node in frontier for n in (node.users if forward else node.all_input_nodes)]
+        if any(is_product(n) for n in neighbours):
+            return True
+        frontier = [n for n in neighbours if n not in seen and op_name(n) in _ON_SCORES]
+        seen.update(frontier)
+    return False
+
+
+def _target_name(node: fx.Node) -> str:
+    name = getattr(node.target, "__name__", None) or str(node.target)
+    module = getattr(node.target, "__module__", None) or ""
+    return f"{module}.{name}" if module and module not in name else name

@@ -1,0 +1,86 @@
+"""Plain data that crosses files: an attention site, what was decided about it, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparge_kernels.thresholds import Thresholds
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention call in a graph, as a matcher read it. Nodes keep their symbolic sizes; nothing is decided yet.
+
+    Attributes:
+        node: the node whose output is the attention output.
+        pattern: `sdpa`, `mha` or `softmax`.
+        name: module name, `:1`, `:2` appended where one module has several.
+        source: `file:line` of the call in user code, or an empty string.
+        query, key, value: [batch, heads, tokens, head_dim] nodes; None where the pattern does not expose them.
+        attn_mask: the mask argument: a node or None.
+        dropout_p, is_causal, scale, enable_gqa: the arguments as given: constants, or nodes.
+        unmatched: why the matcher could not read the call, or None.
+    """
+
+    node: fx.Node
+    pattern: str
+    name: str = ""
+    source: str = ""
+    query: fx.Node | None = None
+    key: fx.Node | None = None
+    value: fx.Node | None = None
+    attn_mask: Any = None
+    dropout_p: Any = 0.0
+    is_causal: Any = False
+    scale: Any = None
+    enable_gqa: Any = False
+    unmatched: str | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a site stays dense, in words a user can act on. `requested` marks what the user asked for."""
+
+    reason: str
+    requested: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A site that the kernel can serve with the meaning the call has.
+
+    `key` and `value` have their own head count: a repetition for GQA has been seen through.
+    """
+
+    site: AttentionSite
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+    dtype: torch.dtype
+    precision: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A claim with the thresholds to use.
+
+    Attributes:
+        thresholds: one entry for all heads or one per query head.
+        min_tokens: below this many queries or keys the operator itself runs dense; 0 where a shape guard decides.
+    """
+
+    claim: Claim
+    thresholds: tuple[Thresholds, ...]
+    min_tokens: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class StrictPolicyError(RuntimeError):
+    """A `strict` policy met an attention call that cannot be rewritten."""

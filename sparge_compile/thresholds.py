@@ -1,0 +1,84 @@
+"""Claim + policy -> `Decision`, or `Refusal`. The only place where guards on sizes are born.
+
+Each comparison here splits the compiled variants in two, so there are few: a length against `min_tokens`, and the
+sizes a kernel is built for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparge_compile import dynamo
+from sparge_compile.dynamo import Size
+from sparge_compile.policy import Policy
+from sparge_compile.site import Claim, Decision, Refusal
+from sparge_kernels import ops
+from sparge_kernels.thresholds import Thresholds
+
+# Fewest queries and keys at which sparse attention beats dense attention, per device type.
+# cpu: benchmarks/cpu_breakeven.py.
+BREAK_EVEN = {"cpu": 4096}
+
+
+def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
+    """Chooses thresholds for a claimed site, guarding the graph on what the choice depends on."""
+    query, key, value = (dynamo.example(node) for node in (claim.query, claim.key, claim.value))
+    refusal = _check_sizes(query, key, value)
+    if refusal is not None:
+        return refusal
+    minimum = min_tokens(policy, query.device)
+    long_enough = _reaches(query.shape[2], key.shape[2], minimum)
+    if long_enough is False:
+        lengths = f"{dynamo.hint(query.shape[2])} queries and {dynamo.hint(key.shape[2])} keys"
+        return Refusal(f"{lengths}, min_tokens is {minimum}: sparse attention does not pay on short calls")
+    thresholds = _thresholds(claim, policy)
+    heads = query.shape[1]
+    if len(thresholds) > 1 and not dynamo.known(heads == len(thresholds)):
+        return Refusal(f"the profile has {len(thresholds)} heads for this site, the call has {heads}")
+    return Decision(claim, thresholds, min_tokens=minimum if long_enough is None else 0)
+
+
+def min_tokens(policy: Policy, device: torch.device) -> int:
+    """The policy's minimum, or the device's measured break-even."""
+    return BREAK_EVEN[device.type] if policy.min_tokens is None else policy.min_tokens
+
+
+def from_policy(policy: Policy) -> Thresholds:
+    """The thresholds a policy names, for all heads."""
+    return Thresholds(policy.topk, policy.cdf_threshold, policy.similarity_threshold, policy.pv_threshold)
+
+
+def _thresholds(claim: Claim, policy: Policy) -> tuple[Thresholds, ...]:
+    if policy.profile is not None and claim.site.name in policy.profile.sites:
+        return tuple(policy.profile.sites[claim.site.name])
+    return (from_policy(policy),)
+
+
+def _reaches(q_len: Size, k_len: Size, minimum: int) -> bool | None:
+    """Are both lengths at least `minimum`? None: the caller bounded a length, the operator decides at run time."""
+    answers = [dynamo.guard(length >= minimum) for length in (q_len, k_len)]
+    if False in answers:
+        return False
+    return None if None in answers else True
+
+
+def _check_sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Refusal | None:
+    """Sizes the operator needs equal are equal, head dimensions are in range. Mostly known; else guarded on."""
+    head_dim, value_dim = dynamo.specialize(query.shape[3]), dynamo.specialize(value.shape[3])
+    if head_dim is None or value_dim is None:
+        return Refusal("head_dim is not fixed")
+    reason = ops.check_static(head_dim, value_dim, torch.float32, query.device)
+    if reason is not None:
+        return Refusal(reason)
+    if any(dynamo.specialize(tensor.shape[1]) is None for tensor in (query, key, value)):
+        return Refusal("the number of heads is not fixed")
+    pairs = (
+        ("batch sizes", query.shape[0], key.shape[0]),
+        ("batch sizes", query.shape[0], value.shape[0]),
+        ("numbers of keys and values", key.shape[2], value.shape[2]),
+        ("head dimensions of query and key", query.shape[3], key.shape[3]),
+    )
+    for what, left, right in pairs:
+        if dynamo.guard(left == right) is not True:
+            return Refusal(f"the {what} are not known to be equal ({left}, {right})")
+    return None
