@@ -1,4 +1,4 @@
-"""Everything that touches a private name of torch, and nothing else. Each function has a canary in tests/test_dynamo.py.
+"""All that touches private names of torch, and nothing else. Each function has a canary in tests/test_dynamo.py.
 
 What the rest of the compiler needs from TorchDynamo: install the policy guard, ask and guard facts about symbolic
 sizes, know which `torch.compile` is compiling, hear when a compile starts and ends, and hand over to Inductor.
@@ -64,7 +64,9 @@ def root_module() -> nn.Module | None:
     """
     if not is_compiling_frame():
         return None
-    root = _translator().output.root_tx.f_locals.get("self")
+    output = _translator().output
+    code = output.root_tx.f_code
+    root = output.local_scope.get(code.co_varnames[0]) if code.co_argcount else None
     return root if isinstance(root, nn.Module) else None
 
 

@@ -130,7 +130,8 @@ def _why_dense(
     if min(q.dim(), k.dim(), v.dim()) < 2 or not q.dim() == k.dim() == v.dim():
         return f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions"
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        return f"q, k and v differ in dtype or device ({q.dtype}, {k.dtype}, {v.dtype}; {q.device}, {k.device}, {v.device})"
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        return f"q, k and v differ in dtype or device ({kinds})"
     if q.shape[:-3] != k.shape[:-3] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
         return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} need broadcasting"
     if q.dim() > 2 and q.shape[-3] != k.shape[-3]:
