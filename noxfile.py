@@ -1,0 +1,24 @@
+"""`nox -s tests` runs the suite on every supported torch; `nox -s lint` the linters. See CONTRIBUTING.md."""
+
+import nox
+
+TORCH = ["2.11.0", "2.13.0", "2.15.0"]
+
+nox.options.default_venv_backend = "venv"
+
+
+@nox.session
+@nox.parametrize("torch", TORCH)
+def tests(session: nox.Session, torch: str) -> None:
+    """The whole suite on one torch version."""
+    session.install(f"torch=={torch}", "-e", ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff (format and lint) and mypy."""
+    session.install("torch==2.13.0", "-e", ".[test,dev]")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("mypy")
