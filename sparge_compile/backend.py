@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import defaultdict
+import weakref
 from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
@@ -111,7 +111,7 @@ def _announce(policy: Policy, reports: Sequence[SiteReport]) -> None:
         )
 
 
-_policies_of_code: defaultdict[CodeType, set[str]] = defaultdict(set)
+_policies_of_code: weakref.WeakKeyDictionary[CodeType, set[str]] = weakref.WeakKeyDictionary()
 
 
 def _warn_before_recompile_limit(policy: Policy) -> None:
@@ -119,7 +119,7 @@ def _warn_before_recompile_limit(policy: Policy) -> None:
     code = dynamo.code_being_compiled()
     if code is None:
         return
-    tokens = _policies_of_code[code]
+    tokens = _policies_of_code.setdefault(code, set())
     tokens.add(policy.token)
     if len(tokens) == dynamo.recompile_limit():
         warnings.warn(

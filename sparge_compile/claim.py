@@ -1,6 +1,8 @@
-"""Site + policy -> `Claim`, or `Refusal` with a reason. Pure: reads the graph, edits nothing, adds no size guard.
+"""Site + policy -> `Claim`, or `Refusal` with a reason. Reads the graph, edits nothing, puts no guard on a length.
 
 A site is claimed only when every condition is known to hold; everything else keeps its original node.
+Numbers that TorchDynamo made symbolic but that are constants of an architecture (a scale, a number of heads) are
+guarded on, so that they can be known.
 """
 
 from __future__ import annotations
@@ -141,13 +143,12 @@ def _heads(
     """(key node, value node, do query heads share them), repetition seen through."""
     assert site.key is not None and site.value is not None
     enable_gqa = _constant(site.enable_gqa, bool, "enable_gqa")
-    q_heads, k_heads, v_heads = query.shape[1], key.shape[1], value.shape[1]
-    if not dynamo.known(k_heads == v_heads):
-        raise _Refused(f"key has {k_heads} heads and value {v_heads}")
-    if not dynamo.known(q_heads == k_heads):
-        shared = isinstance(q_heads, int) and isinstance(k_heads, int) and k_heads > 0 and q_heads % k_heads == 0
-        if not (enable_gqa and shared):
-            raise _Refused(f"{q_heads} query heads over {k_heads} key heads without enable_gqa=True")
+    q_heads, k_heads, v_heads = (dynamo.specialize(x.shape[1]) for x in (query, key, value))
+    if q_heads is None or k_heads is None or k_heads != v_heads:
+        raise _Refused(f"the numbers of heads are not fixed or do not fit ({q_heads}, {k_heads}, {v_heads})")
+    if q_heads != k_heads:
+        if not enable_gqa or k_heads == 0 or q_heads % k_heads:
+            raise _Refused(f"{q_heads} query heads over {k_heads} key heads (enable_gqa={enable_gqa})")
         return site.key, site.value, True
     key_node, key_repeats = unrepeat(site.key, written)
     value_node, value_repeats = unrepeat(site.value, written)

@@ -149,7 +149,8 @@ def guard(condition: bool | torch.SymBool) -> bool | None:
     """Decides a condition on sizes by the sizes at hand, and guards the graph on it.
 
     Returns None, adding no guard, where the caller gave a dimension bounds with `mark_dynamic(min=, max=)`: a guard
-    that cuts those bounds raises ConstraintViolationError after the backend has returned.
+    that cuts those bounds raises ConstraintViolationError after the backend has returned. Likewise where the size
+    depends on data.
     """
     if isinstance(condition, bool):
         return condition
@@ -157,7 +158,7 @@ def guard(condition: bool | torch.SymBool) -> bool | None:
         return True
     if known(torch.sym_not(condition)):
         return False
-    if condition.node.expr.free_symbols & _bounded_symbols():
+    if not condition.node.has_hint() or condition.node.expr.free_symbols & _bounded_symbols():
         return None
     return bool(condition)
 

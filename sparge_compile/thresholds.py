@@ -70,15 +70,13 @@ def _check_sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     reason = ops.check_static(head_dim, value_dim, torch.float32, query.device)
     if reason is not None:
         return Refusal(reason)
-    if any(dynamo.specialize(tensor.shape[1]) is None for tensor in (query, key, value)):
-        return Refusal("the number of heads is not fixed")
-    pairs = (
-        ("batch sizes", query.shape[0], key.shape[0]),
-        ("batch sizes", query.shape[0], value.shape[0]),
-        ("numbers of keys and values", key.shape[2], value.shape[2]),
-        ("head dimensions of query and key", query.shape[3], key.shape[3]),
-    )
-    for what, left, right in pairs:
-        if dynamo.guard(left == right) is not True:
-            return Refusal(f"the {what} are not known to be equal ({left}, {right})")
+    for what, left, right in (("query and key", query, key), ("query and value", query, value)):
+        if dynamo.guard(left.shape[0] == right.shape[0]) is not True:  # the dense call would broadcast
+            return Refusal(f"the batch sizes of {what} are not known to be equal ({left.shape[0]}, {right.shape[0]})")
+    # Where the caller bounded these they cannot be guarded on; if they differ at run time, operator and dense call
+    # raise alike.
+    if dynamo.guard(key.shape[2] == value.shape[2]) is False:
+        return Refusal(f"the numbers of keys and values differ ({key.shape[2]}, {value.shape[2]})")
+    if dynamo.guard(query.shape[3] == key.shape[3]) is False:
+        return Refusal(f"the head dimensions of query and key differ ({query.shape[3]}, {key.shape[3]})")
     return None

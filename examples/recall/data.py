@@ -1,8 +1,10 @@
 """The recall task: keys and values planted in a long, slowly drifting stream of distractors.
 
 A sequence is a body and a tail. The body is a stream of distractor words in which `pairs` two-token
-events (a key, then its value) are planted at random places. The tail is `queries` of those keys, in
-random order; the answer at each of these positions is the value planted with that key.
+events (a key, then its value) are planted at random places. The tail asks for `queries` of those keys, in
+random order; the answer at each of these positions is the value planted with that key. The queries follow
+one another, or (`spread` > 1) stand at random places among further distractors, `spread` tokens a query on
+average: the harder case for a method that pools queries, since a lone query hides in a smooth stretch.
 
 The stream resembles a document. Its subject is a point that wanders round a circle of word groups and
 jumps to another place every few hundred tokens; each word is drawn near the subject. Each sequence has
@@ -43,34 +45,39 @@ class RecallBatch:
     targets: Tensor
 
 
-def make_batch(batch: int, length: int, pairs: int, queries: int, generator: torch.Generator) -> RecallBatch:
-    """Draw `batch` sequences of `length` tokens; equal generator states give equal batches.
+def make_batch(
+    batch: int, length: int, pairs: int, queries: int, generator: torch.Generator, spread: int = 1
+) -> RecallBatch:
+    """Draw `batch` sequences of `length` tokens, `queries * spread` of which are the tail.
 
+    Equal arguments and generator states give equal batches. Query positions ascend.
     Raises ValueError when the pairs and queries do not fit.
     """
-    _check_sizes(length, pairs, queries)
-    body = length - queries
+    _check_sizes(length, pairs, queries, spread)
+    body = length - queries * spread
     keys = _distinct(batch, KEY_COUNT, pairs, generator) + FIRST_KEY  # [batch, pairs]
     values = torch.randint(FIRST_VALUE, FIRST_VALUE + VALUE_COUNT, (batch, pairs), generator=generator)
     asked = _distinct(batch, pairs, queries, generator)  # [batch, queries]
 
     # Distinct places among body - pairs slots; the i-th pair shifts all later ones by one token.
     places = _distinct(batch, body - pairs, pairs, generator).sort(dim=1).values + torch.arange(pairs)
-    stream = _distractors(batch, body, generator)
-    stream.scatter_(1, places, keys).scatter_(1, places + 1, values)
+    positions = _distinct(batch, queries * spread, queries, generator).sort(dim=1).values + body
 
-    return RecallBatch(
-        tokens=torch.cat([stream, keys.gather(1, asked)], dim=1),
-        query_positions=torch.arange(body, length).repeat(batch, 1),
-        targets=values.gather(1, asked),
-    )
+    tokens = _distractors(batch, length, generator)
+    tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
+    tokens.scatter_(1, positions, keys.gather(1, asked))
+    return RecallBatch(tokens, positions, values.gather(1, asked))
 
 
-def _check_sizes(length: int, pairs: int, queries: int) -> None:
+def _check_sizes(length: int, pairs: int, queries: int, spread: int) -> None:
     if not 1 <= queries <= pairs <= KEY_COUNT:
         raise ValueError(f"queries={queries}, pairs={pairs}: need 1 <= queries <= pairs <= {KEY_COUNT}")
-    if length < queries + 2 * pairs:
-        raise ValueError(f"length={length} is too short: {pairs} pairs and {queries} queries do not fit")
+    if spread < 1:
+        raise ValueError(f"spread={spread}: need at least 1, the tokens a query takes of the tail")
+    if length < queries * spread + 2 * pairs:
+        raise ValueError(
+            f"length={length} is too short for {pairs} pairs and {queries} queries of {spread} tokens each"
+        )
 
 
 def _distinct(batch: int, population: int, count: int, generator: torch.Generator) -> Tensor:

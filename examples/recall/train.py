@@ -17,37 +17,44 @@ EVALUATION_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the curriculum: sequences of up to `length` tokens until `until` of all steps are done."""
+    """Part of the curriculum, up to the share `until` of all steps: lengths shortest .. longest."""
 
     until: float
-    length: int
-    pairs: int
+    shortest: int
+    longest: int
 
 
-CURRICULUM = (Stage(0.4, 256, 64), Stage(0.75, 768, 96), Stage(1.0, 2048, 128))
+CURRICULUM = (Stage(0.4, 128, 256), Stage(0.7, 256, 1024), Stage(1.0, 512, 2048))
+FEWEST_PAIRS, MOST_PAIRS = 4, 128
 
 
-def accuracy(
-    model: RecallModel, length: int, sequences: int, pairs: int = 32, seed: int = EVALUATION_SEED
-) -> float:
+def accuracy(model: RecallModel, length: int, sequences: int, spread: int = 1, pairs: int = 32) -> float:
     """Share of queries answered right, one sequence at a time, every planted key being asked for."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
     right = 0
     with torch.no_grad():
         for _ in range(sequences):
-            batch = make_batch(1, length, pairs, pairs, generator)
+            batch = make_batch(1, length, pairs, pairs, generator, spread)
             answers = model(batch.tokens, batch.query_positions).argmax(dim=-1)
             right += int((answers == batch.targets).sum())
     return right / (sequences * pairs)
 
 
+def log_uniform(low: int, high: int, generator: torch.Generator) -> int:
+    """An integer from low to high whose logarithm is uniform."""
+    return int(low * (high / low) ** torch.rand((), generator=generator).item())
+
+
 def draw_training_batch(progress: float, tokens_per_step: int, generator: torch.Generator) -> RecallBatch:
-    """A batch of the current stage, or of an earlier one; its length is drawn log-uniformly."""
+    """A batch of the stage that `progress` (0 .. 1) falls in.
+
+    With few pairs, copying any planted value is already better than chance: the first step of learning.
+    """
     stage = next(stage for stage in CURRICULUM if progress <= stage.until)
-    octaves = math.log2(stage.length / 128) * torch.rand((), generator=generator).item()
-    length = int(stage.length / 2**octaves)
-    pairs = min(stage.pairs, length // 4)
-    return make_batch(max(1, tokens_per_step // length), length, pairs, pairs, generator)
+    length = log_uniform(stage.shortest, stage.longest, generator)
+    pairs = log_uniform(FEWEST_PAIRS, min(MOST_PAIRS, length // 4), generator)
+    spread = int(torch.randint(1, 3, (), generator=generator))
+    return make_batch(max(1, tokens_per_step // length), length, pairs, pairs, generator, spread)
 
 
 def losses(model: RecallModel, batch: RecallBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -72,12 +79,8 @@ def train(arguments: argparse.Namespace) -> RecallModel:
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     model = RecallModel()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, arguments.steps)
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, arguments.steps))
     start = time.perf_counter()
     for step in range(1, arguments.steps + 1):
         batch = draw_training_batch(step / arguments.steps, arguments.tokens_per_step, generator)
@@ -96,13 +99,27 @@ def train(arguments: argparse.Namespace) -> RecallModel:
     return model
 
 
+def evaluate(model: RecallModel, lengths: list[int], sequences: int) -> None:
+    """Print the accuracy at each length, with the queries in a row and with 16 tokens a query."""
+    for length in lengths:
+        start = time.perf_counter()
+        in_a_row = accuracy(model, length, sequences)
+        seconds = (time.perf_counter() - start) / sequences
+        scattered = accuracy(model, length, sequences, spread=16)
+        print(
+            f"length {length:6d}  accuracy {in_a_row:.4f} in a row, {scattered:.4f} scattered  "
+            f"{seconds:.2f} s a sequence",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Train unless asked only to evaluate, save, load again, and print the accuracy at each length."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--tokens-per-step", type=int, default=8192)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--stream-weight", type=float, default=0.2, help="weight of the next-token loss")
+    parser.add_argument("--tokens-per-step", type=int, default=4096)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--stream-weight", type=float, default=0.3, help="weight of the next-token loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=WEIGHTS_PATH)
     parser.add_argument("--evaluate-only", action="store_true")
@@ -111,12 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.evaluate_only:
         save_weights(train(arguments), arguments.weights)
-    model = load_pretrained(arguments.weights)
-    for length in arguments.lengths:
-        start = time.perf_counter()
-        share = accuracy(model, length, arguments.sequences)
-        seconds = (time.perf_counter() - start) / arguments.sequences
-        print(f"length {length:6d}  accuracy {share:.4f}  {seconds:.2f} s a sequence", flush=True)
+    evaluate(load_pretrained(arguments.weights), arguments.lengths, arguments.sequences)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,9 +70,7 @@ def _check_dtype_and_device(named: dict[str, Tensor]) -> None:
         )
     devices = {name: tensor.device for name, tensor in named.items()}
     if len(set(devices.values())) != 1:
-        raise ValueError(
-            f"devices are {_pairs(devices)}; query, key and value must be on one device. Move them."
-        )
+        raise ValueError(f"devices are {_pairs(devices)}; query, key and value must be on one device. Move them.")
 
 
 def _check_sizes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -88,9 +85,7 @@ def _check_sizes(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{what} differs: {shapes}. It must be equal; batches are not broadcast.")
     for name, dim in (("head_dim", query.shape[3]), ("value head_dim", value.shape[3])):
         if isinstance(dim, int) and not 1 <= dim <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name} is {dim}; 1 to {MAX_HEAD_DIM} is allowed. Use F.scaled_dot_product_attention."
-            )
+            raise ValueError(f"{name} is {dim}; 1 to {MAX_HEAD_DIM} is allowed. Use F.scaled_dot_product_attention.")
 
 
 def _check_heads(q_heads: int, kv_heads: int, enable_gqa: bool) -> None:
@@ -109,5 +104,5 @@ def _names(options: Sequence[object]) -> str:
     return ", ".join(str(option).removeprefix("torch.") for option in options)
 
 
-def _pairs(named: dict[str, object]) -> str:
+def _pairs(named: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {what}" for name, what in named.items())

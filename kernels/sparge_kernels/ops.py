@@ -90,9 +90,9 @@ def _run(
     check_call(query, key, value, thresholds, enable_gqa=enable_gqa, precision=precision, layout=layout)
     out = _empty_output(query, value, layout)
     per_head = unpack(thresholds, query.shape[1])
-    too_short = min(query.shape[2], key.shape[2]) < min_tokens
+    runs_dense = min(query.shape[2], key.shape[2]) < min_tokens or out.numel() == 0 or key.numel() == 0
     with torch.autocast(query.device.type, enabled=False):
-        if too_short or out.numel() == 0 or key.numel() == 0:
+        if runs_dense:
             _dense(query, key, value, is_causal, scale, enable_gqa, out)
             density = torch.ones(query.shape[:2], device=query.device)
             pv_skipped = torch.zeros_like(density)
@@ -111,7 +111,7 @@ def _run(
             )
     records = _records.get()
     if records is not None:
-        records.append(StatsRecord(site, density, pv_skipped, "dense" if too_short else "sparse"))
+        records.append(StatsRecord(site, density, pv_skipped, "dense" if runs_dense else "sparse"))
     return out, density, pv_skipped
 
 
@@ -122,14 +122,12 @@ def _dense(
     if scale is not None and scale <= 0:
         # CPU SDPA gives NaN for a causal call with scale <= 0: let q carry the sign.
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    out.copy_(
-        F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    )
+    out.copy_(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa))
 
 
 def _empty_output(query: Tensor, value: Tensor, layout: Sequence[int]) -> Tensor:
     shape = (*query.shape[:3], value.shape[3])
-    return torch.empty_permuted(shape, layout, dtype=query.dtype, device=query.device)
+    return torch.empty_permuted(shape, tuple(layout), dtype=query.dtype, device=query.device)
 
 
 def _attention_cpu(*args: Any, **kwargs: Any) -> Tensor:

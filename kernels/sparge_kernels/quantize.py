@@ -29,7 +29,10 @@ class QuantizedRows:
 
 @dataclass(frozen=True)
 class QuantizedTiles:
-    """k ~ codes * scale + mean: codes int8 [..., n, tile, D] (padding 0), scale and exact [..., n], mean [..., n, D]."""
+    """k ~ codes * scale + mean, per tile, the ragged tail padded with zero codes.
+
+    codes int8 [..., n, tile, D], scale and (bool) exact [..., n], mean [..., n, D].
+    """
 
     codes: Tensor
     scale: Tensor

@@ -101,9 +101,7 @@ def attention_scores(q: Tensor, k: Tensor, *, is_causal: bool, scale: float, pre
     if precision == "int8":
         rows, tiles = quantize_rows(q), quantize_tiles(k)
         codes = tiles.codes.flatten(-3, -2)[..., :k_len, :]
-        product = rows.codes.to(q.dtype) @ codes.to(q.dtype).transpose(
-            -1, -2
-        )  # exact: 127 * 127 * 256 < 2^24
+        product = rows.codes.to(q.dtype) @ codes.to(q.dtype).transpose(-1, -2)  # exact: 127 * 127 * 256 < 2^24
         scales = rows.scale[..., None] * _per_key(tiles.scale, k_len)[..., None, :]
         restored = product * scales + _per_key(q @ tiles.mean.transpose(-1, -2), k_len)
         diagonal = _per_key(_per_query(diagonal_tiles(q_len, k_len, is_causal, q.device), q_len), k_len)
@@ -122,7 +120,8 @@ def softmax_values(
     """
     q_len, k_len = scores.shape[-2:]
     visible = visible_pairs(q_len, k_len, is_causal, v.device)
-    exempt = diagonal_tiles(q_len, k_len, is_causal, v.device) | ~finite_tiles(v, K_TILE)[..., None, :]
+    finite_v = finite_tiles(v, K_TILE)
+    exempt = diagonal_tiles(q_len, k_len, is_causal, v.device) | ~finite_v[..., None, :]
     skipped = torch.zeros_like(kept)
     row_max = scores.new_full(scores.shape[:-1], -torch.inf)  # m
     mass, dropped = scores.new_zeros(scores.shape[:-1]), scores.new_zeros(scores.shape[:-1])  # l, part of l
@@ -143,7 +142,9 @@ def softmax_values(
         skipped[..., j] = kept[..., j] & ~exempt[..., j] & (tile_gap < lambdas[:, None])
         skipped_rows = _per_query(skipped[..., j, None], q_len)  # [B, H, Sq, 1]
 
-        product = weighted_values(weights, v[..., keys, :], visible[:, keys] & kept_rows)
+        product = weights @ torch.where(v[..., keys, :].isfinite(), v[..., keys, :], 0)
+        if not finite_v[..., j].all():
+            product = spread_non_finite(product, weights, v[..., keys, :], visible[:, keys] & kept_rows)
         values = values * decay[..., None] + product.masked_fill(skipped_rows, 0)
         mass = mass * decay + weights.sum(-1)
         dropped = dropped * decay + weights.sum(-1).masked_fill(~skipped_rows[..., 0], 0)
@@ -152,23 +153,20 @@ def softmax_values(
     return values / mass[..., None], skipped, dropped / mass
 
 
-def weighted_values(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """weights [..., q, k] @ v [..., k, Dv], where a non-finite v reaches only the rows that see its key.
+def spread_non_finite(values: Tensor, weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Adds to values [..., q, Dv] what the non-finite numbers of v [..., k, Dv] add to weights [..., q, k] @ v.
 
     0 * inf is NaN, so a plain product would hand a masked key's infinity to rows that must not know of it.
+    `visible` [..., q, k] says who does.
     """
-    finite = v.isfinite()
-    product = weights @ torch.where(finite, v, 0)
-    if finite.all():
-        return product
 
     def meets(pairs: Tensor, numbers: Tensor) -> Tensor:
         return (pairs & visible).to(v.dtype) @ numbers.to(v.dtype) > 0
 
     attended = weights != 0  # true for NaN weights, whose rows are NaN already
-    product = torch.where(meets(attended, v == torch.inf), product + torch.inf, product)
-    product = torch.where(meets(attended, v == -torch.inf), product - torch.inf, product)
-    return product.masked_fill(meets(~attended, v.isinf()) | meets(visible, v.isnan()), torch.nan)
+    values = torch.where(meets(attended, v == torch.inf), values + torch.inf, values)
+    values = torch.where(meets(attended, v == -torch.inf), values - torch.inf, values)
+    return values.masked_fill(meets(~attended, v.isinf()) | meets(visible, v.isnan()), torch.nan)
 
 
 def visible_pairs(q_len: int, k_len: int, is_causal: bool, device: torch.device) -> Tensor:

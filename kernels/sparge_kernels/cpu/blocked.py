@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparge_kernels.predict import finite_tiles, select_tiles
 from sparge_kernels.quantize import quantize_rows, quantize_tiles
-from sparge_kernels.reference import weighted_values
+from sparge_kernels.reference import spread_non_finite
 from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
 from sparge_kernels.tiles import split_tiles
 
@@ -84,10 +84,10 @@ def attention(
     density, pv_skipped = torch.empty(batch, heads), torch.empty(batch, heads)
     for b in range(batch):
         for kv_head in range(k.shape[1]):
-            k_head, v_head = k[b, kv_head].float(), v[b, kv_head].float()
+            k_head, v_head = _fp32(k[b, kv_head]), _fp32(v[b, kv_head])
             keys = _prepare_keys(k_head, v_head, precision)
             for head in range(kv_head * group, (kv_head + 1) * group):
-                q_head = q[b, head].float()
+                q_head = _fp32(q[b, head])
                 kept = select_tiles(
                     q_head[None, None],
                     k_head[None, None],
@@ -115,9 +115,7 @@ def _prepare_keys(k: Tensor, v: Tensor, precision: str) -> _Keys:
     if precision == "int8":
         tiles = quantize_tiles(k)
         codes, means, exact = tiles.codes * tiles.scale[:, None, None], tiles.mean, tiles.exact
-    return _Keys(
-        codes, means, raw, values, raw_values, exact, finite_values, bool(exact.any()), all_finite, len(k)
-    )
+    return _Keys(codes, means, raw, values, raw_values, exact, finite_values, bool(exact.any()), all_finite, len(k))
 
 
 def _head(
@@ -163,13 +161,10 @@ def _causal_split(rows: slice, k_len: int) -> tuple[int, int]:
 
 def _past_chunk(queries: _Queries, keys: _Keys, tiles: Tensor, state: _Softmax, skip_below: float) -> None:
     """Stage 2 over the K tiles `tiles` (ascending, [n]), every key of which every row sees."""
-    scores = _scores(queries, keys, tiles)  # [rows, n, 64]
+    scores, offsets = _scores(queries, keys, tiles)
     ragged = keys.length % K_TILE
     if ragged and int(tiles[-1]) == len(keys.raw) - 1:
         scores[:, -1, ragged:] = -torch.inf
-    offsets = None if keys.means is None else queries.raw @ _take(keys.means, tiles).T  # [rows, n]
-    if offsets is not None and (keys.any_exact or queries.exact is not None):
-        scores, offsets = _exact_scores(queries, keys, tiles, scores, offsets), None
     tile_max = scores.amax(-1) if offsets is None else scores.amax(-1) + offsets
     running = torch.maximum(tile_max.cummax(-1).values, state.maximum)
     new_max = running[:, -1:]
@@ -203,20 +198,24 @@ def _diagonal_chunk(queries: _Queries, keys: _Keys, tiles: range, first_row: int
     _add_values(state, weights, keys, torch.arange(tiles.start, tiles.stop), visible)
 
 
-def _scores(queries: _Queries, keys: _Keys, tiles: Tensor) -> Tensor:
-    """Codes of the query tile times codes of K tiles, [rows, n, 64]."""
-    codes = _take(keys.codes, tiles).flatten(0, 1)
-    return (queries.codes @ codes.T).unflatten(1, (len(tiles), K_TILE))
+def _scores(queries: _Queries, keys: _Keys, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scores [rows, n, 64] of a query tile and K tiles, less q . m_j [rows, n] if K is centred."""
+    scores = _product(queries.codes, keys.codes, tiles)
+    if keys.means is None:
+        return scores, None
+    offsets = queries.raw @ _take(keys.means, tiles).T
+    if keys.any_exact or queries.exact is not None:
+        exact = _take(keys.exact, tiles)[None, :]
+        if queries.exact is not None:
+            exact = exact | queries.exact[:, None]
+        scores = torch.where(exact[..., None], _product(queries.raw, keys.raw, tiles), scores)
+        offsets = torch.where(exact, 0, offsets)
+    return scores, offsets
 
 
-def _exact_scores(queries: _Queries, keys: _Keys, tiles: Tensor, scores: Tensor, offsets: Tensor) -> Tensor:
-    """Whole scores of a chunk in which some rows or tiles are beyond INT8: those from the plain product."""
-    plain = (queries.raw @ _take(keys.raw, tiles).flatten(0, 1).T).unflatten(1, (len(tiles), K_TILE))
-    exact = _take(keys.exact, tiles)[None, :]
-    if queries.exact is not None:
-        exact = exact | queries.exact[:, None]
-    exact = exact[..., None] & (scores != -torch.inf)  # what is padding stays so
-    return torch.where(exact, plain, scores + offsets[..., None])
+def _product(queries: Tensor, keys: Tensor, tiles: Tensor) -> Tensor:
+    """[rows, D] times the chosen tiles of [nK, 64, D]: [rows, n, 64]."""
+    return (queries @ _take(keys, tiles).flatten(0, 1).T).unflatten(1, (len(tiles), K_TILE))
 
 
 def _advance(state: _Softmax, new_max: Tensor, base: Tensor, weights: Tensor) -> None:
@@ -229,12 +228,16 @@ def _advance(state: _Softmax, new_max: Tensor, base: Tensor, weights: Tensor) ->
 
 def _add_values(state: _Softmax, weights: Tensor, keys: _Keys, tiles: Tensor, visible: Tensor | None) -> None:
     """Adds weights [rows, keys] @ V of the tiles to the numerator."""
-    if keys.all_finite or bool(_take(keys.finite_values, tiles).all()):
-        state.values.addmm_(weights, _take(keys.values, tiles).flatten(0, 1))
-        return
-    if visible is None:
-        visible = torch.ones_like(weights, dtype=torch.bool)
-    state.values.add_(weighted_values(weights, _take(keys.raw_values, tiles).flatten(0, 1), visible))
+    state.values.addmm_(weights, _take(keys.values, tiles).flatten(0, 1))
+    if not (keys.all_finite or bool(_take(keys.finite_values, tiles).all())):
+        if visible is None:
+            visible = torch.ones_like(weights, dtype=torch.bool)
+        raw_values = _take(keys.raw_values, tiles).flatten(0, 1)
+        state.values = spread_non_finite(state.values, weights, raw_values, visible)
+
+
+def _fp32(x: Tensor) -> Tensor:
+    return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _take(x: Tensor, tiles: Tensor) -> Tensor:
