@@ -47,15 +47,16 @@ def test_equal_seeds_give_equal_batches_and_other_seeds_do_not(recall):
 
 
 @pytest.mark.parametrize(
-    ("length", "pairs", "queries"),
-    [(2048, 32, 16), (63, 21, 21), (300, 100, 100)],
-    ids=["sparse", "packed", "packed-long"],
+    ("length", "pairs", "queries", "spread"),
+    [(2048, 32, 16, 1), (2048, 32, 16, 16), (63, 21, 21, 1), (300, 100, 100, 1)],
+    ids=["sparse", "scattered", "packed", "packed-long"],
 )
-def test_targets_are_the_values_planted_with_the_queried_keys(recall, length, pairs, queries):
+def test_targets_are_the_values_planted_with_the_queried_keys(recall, length, pairs, queries, spread):
     data, _ = recall
-    batch = data.make_batch(2, length, pairs, queries, seeded(1))
+    batch = data.make_batch(2, length, pairs, queries, seeded(1), spread)
     for tokens, positions, targets in zip(batch.tokens, batch.query_positions, batch.targets, strict=True):
-        body = tokens[: length - queries]
+        body = tokens[: length - queries * spread]
+        assert int(positions.min()) >= len(body)
         is_value = (body >= data.FIRST_VALUE) & (body < data.FIRST_WORD)
         assert int((body < data.FIRST_VALUE).sum()) == int(is_value.sum()) == pairs
         for position, target in zip(positions, targets, strict=True):
@@ -113,8 +114,8 @@ def test_pretrained_model_recalls(recall, length):
     network = model.load_pretrained()
     generator = seeded(7)
     right = []
-    for _ in range(6):
-        batch = data.make_batch(1, length, 32, 32, generator)
+    for spread in (1, 1, 1, 16, 16, 16):
+        batch = data.make_batch(1, length, 32, 32, generator, spread)
         answers = network(batch.tokens, batch.query_positions).argmax(dim=-1)
         right.append((answers == batch.targets).float().mean())
     assert torch.stack(right).mean() > 0.95
