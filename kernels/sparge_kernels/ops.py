@@ -118,7 +118,10 @@ def _run(
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool, out: Tensor
 ) -> None:
-    """`F.scaled_dot_product_attention` into `out`."""
+    """`F.scaled_dot_product_attention` into `out`; no keys give zeros."""
+    if out.numel() == 0 or k.numel() == 0:
+        out.zero_()  # what SDPA gives, but torch 2.11's CPU kernel dies of a division by zero heads
+        return
     if scale is not None and scale <= 0:
         # CPU SDPA gives NaN for a causal call with scale <= 0: let q carry the sign.
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)

@@ -1,0 +1,81 @@
+"""From what length on does sparse attention pay on this CPU? Dense SDPA against `sparge::attention`, paired.
+
+Run from the repository root: python benchmarks/cpu_breakeven.py [--lengths 1024 4096] [--heads 8]
+The workload is a smooth field at the default thresholds; every output is checked before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests" / "kernels"), str(ROOT / "kernels")]
+
+from workloads import smooth_field  # noqa: E402
+
+from sparge_kernels import ops  # noqa: E402, F401 - registers the operator
+from sparge_kernels.thresholds import Thresholds, pack  # noqa: E402
+
+MAX_RELATIVE_L1 = 0.05
+
+
+def seconds(call: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(tokens: int, heads: int, head_dim: int, repeats: int, precision: str) -> str:
+    """One line of the table for `tokens` queries and keys."""
+    q, k, v = smooth_field((tokens // 1024, 8, 128), heads=heads, head_dim=head_dim)
+    options = {"thresholds": pack([Thresholds(None, 0.98, 0.5, None)]), "precision": precision}
+    output, density, pv_skipped = torch.ops.sparge.attention_with_stats.default(q, k, v, **options)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    error = float((output - expected).abs().sum() / expected.abs().sum())
+    if not error < MAX_RELATIVE_L1:
+        raise SystemExit(f"{tokens} tokens: relative L1 {error:.4f} is not below {MAX_RELATIVE_L1}; not timed.")
+    pairs = [
+        (
+            seconds(lambda: F.scaled_dot_product_attention(q, k, v)),
+            seconds(lambda: torch.ops.sparge.attention.default(q, k, v, **options)),
+        )
+        for _ in range(repeats)
+    ]
+    dense, sparse = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ratio = statistics.median(d / s for d, s in pairs)
+    return (
+        f"{tokens:7d} {dense * 1e3:10.1f} {sparse * 1e3:10.1f} {float(density.mean()):8.3f} "
+        f"{float(pv_skipped.mean()):8.3f} {error:8.4f} {ratio:8.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=["int8", "none"], default="int8")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, [1, {args.heads}, tokens, {args.head_dim}] fp32")
+    print(
+        f"{'tokens':>7} {'dense ms':>10} {'sparse ms':>10} {'density':>8} {'skipped':>8} {'rel. L1':>8} {'speed-up':>8}"
+    )
+    with torch.no_grad():
+        for tokens in args.lengths:
+            print(compare(tokens, args.heads, args.head_dim, args.repeats, args.precision), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What the kernel tests share: reference and blocked kernel behind one signature, dense truth, odd layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparge_kernels import ops, reference
+from sparge_kernels.thresholds import NEVER_SKIP, Thresholds, pack
+
+KEEP_ALL = Thresholds(topk=1.0, cdf=1.0, similarity=-1.0, pv=NEVER_SKIP)
+DEFAULT = Thresholds(topk=None, cdf=0.98, similarity=0.5, pv=None)
+HALF = Thresholds(topk=0.5, cdf=1.0, similarity=-1.0, pv=-2.0)
+
+assert ops  # importing it registers the operator
+
+
+@dataclass(frozen=True)
+class Result:
+    """Output and statistics, from either implementation."""
+
+    output: Tensor
+    density: Tensor
+    pv_skipped: Tensor
+
+
+Kernel = Callable[..., Result]
+
+
+def run_reference(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **kwargs: object) -> Result:
+    result = reference.attention(q, k, v, thresholds=thresholds, enable_gqa=True, **kwargs)
+    return Result(result.output, result.density, result.pv_skipped)
+
+
+def run_blocked(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **kwargs: object) -> Result:
+    operator = torch.ops.sparge.attention_with_stats.default
+    return Result(*operator(q, k, v, thresholds=pack(thresholds), enable_gqa=True, **kwargs))
+
+
+both_kernels = pytest.mark.parametrize("kernel", [run_reference, run_blocked], ids=["reference", "blocked"])
+both_causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+both_precisions = pytest.mark.parametrize("precision", ["int8", "none"])
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, scale: float | None = None) -> Tensor:
+    """fp64 SDPA; causal through a mask, because CPU SDPA is wrong for is_causal with a negative scale.
+
+    The math kernel, because the CPU flash kernel gives 0 for a NaN row when there are very few keys.
+    """
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if is_causal else None
+    wide = (x.double() for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def relative_l1(output: Tensor, expected: Tensor) -> float:
+    return float((output.double() - expected.double()).abs().sum() / expected.double().abs().sum())
+
+
+def random_qkv(
+    q_len: int,
+    k_len: int,
+    *,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    batch: int = 1,
+    dim: int = 16,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads, value_dim = kv_heads or heads, value_dim or dim
+    shapes = ((batch, heads, q_len, dim), (batch, kv_heads, k_len, dim), (batch, kv_heads, k_len, value_dim))
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return q, k, v
+
+
+def _sliced(x: Tensor) -> Tensor:
+    return x.new_full((*x.shape[:2], x.shape[2] + 3, x.shape[3] + 2), torch.nan)[:, :, 1:-2, 2:].copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "tokens-before-heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last-dim-not-contiguous": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced-with-offset": _sliced,
+    "one-head-expanded": lambda x: x[:, :1].expand_as(x),
+    "one-token-expanded": lambda x: x[:, :, :1].expand_as(x),
+}
