@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from sparge_kernels.cpu import threads
 from sparge_kernels.predict import finite_tiles, select_tiles
 from sparge_kernels.quantize import quantize_rows, quantize_tiles
 from sparge_kernels.reference import spread_non_finite
@@ -97,9 +99,8 @@ def attention(
                     scale=scale,
                 )[0, 0]
                 skip_below = thresholds[head].skip_below(keys.length)
-                computed, visible, skipped = _head(
-                    q_head, keys, kept, is_causal, scale, precision, skip_below, out[b, head]
-                )
+                visible, skipped = _head(q_head, keys, kept, is_causal, scale, precision, skip_below, out[b, head])
+                computed = int(kept.sum())
                 density[b, head] = computed / visible
                 pv_skipped[b, head] = skipped / computed
     return density, pv_skipped
@@ -127,16 +128,16 @@ def _head(
     precision: str,
     skip_below: float,
     out: Tensor,
-) -> tuple[int, int, int]:
-    """One query head: q [Sq, D] and kept [nQ, nK] to out [Sq, Dv]; computed, visible and skipped tiles."""
+) -> tuple[int, int]:
+    """One query head: q [Sq, D] and kept [nQ, nK] to out [Sq, Dv]; counts visible and skipped tiles."""
     raw = q * scale
     codes, exact = raw, torch.zeros(len(q), dtype=torch.bool)
     if precision == "int8":
         rows = quantize_rows(q)
         codes, exact = rows.codes * (rows.scale * scale)[:, None], rows.exact
-    computed = visible = skipped = 0
-    for i, first in enumerate(range(0, len(q), Q_TILE)):
-        rows_of_tile = slice(first, min(first + Q_TILE, len(q)))
+
+    def query_tile(i: int) -> tuple[int, int]:
+        rows_of_tile = slice(i * Q_TILE, min((i + 1) * Q_TILE, len(q)))
         exact_rows = exact[rows_of_tile]
         queries = _Queries(codes[rows_of_tile], raw[rows_of_tile], exact_rows if exact_rows.any() else None)
         past, end = _causal_split(rows_of_tile, keys.length) if is_causal else (len(keys.raw),) * 2
@@ -145,12 +146,14 @@ def _head(
         for start in range(0, len(tiles), CHUNK_TILES):
             _past_chunk(queries, keys, tiles[start : start + CHUNK_TILES], state, skip_below)
         if end > past:
-            _diagonal_chunk(queries, keys, range(past, end), first, state)
+            _diagonal_chunk(queries, keys, range(past, end), i * Q_TILE, state)
         out[rows_of_tile] = state.output()
-        computed += len(tiles) + end - past
-        visible += end
-        skipped += state.skipped
-    return computed, visible, skipped
+        return end, state.skipped
+
+    # Longest rows first, so that threads finish together; causal rows grow with i.
+    order = reversed(range(len(kept)))
+    counts = threads.run([partial(query_tile, i) for i in order])
+    return sum(visible for visible, _ in counts), sum(skipped for _, skipped in counts)
 
 
 def _causal_split(rows: slice, k_len: int) -> tuple[int, int]:

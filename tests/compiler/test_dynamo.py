@@ -1,0 +1,226 @@
+"""One canary per function of sparge_compile/dynamo.py: each fails when torch moves a private name, and says which."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from light import Attention
+from torch import nn
+
+from sparge_compile import context, dynamo
+from sparge_compile.policy import Policy
+
+X = torch.randn(2, 2, 6, 8)
+
+
+def inside_a_compile(look, *args, function=None, **compile_options):
+    """What `look(gm)` returns when called inside a backend; the compile runs `function` on `args`."""
+    seen = []
+
+    def backend(gm, _):
+        seen.append(look(gm))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(
+            function or (lambda x: F.scaled_dot_product_attention(x, x, x)), backend=backend, **compile_options
+        )(*(args or (X,)))
+    return seen[0]
+
+
+def attention_node(gm):
+    (node,) = [n for n in gm.graph.nodes if n.target is F.scaled_dot_product_attention]
+    return node
+
+
+def test_an_attribute_guard_recompiles_when_the_attribute_changes_and_only_then():
+    compiles = []
+
+    def backend(gm, _):
+        compiles.append(1)
+        dynamo.install_attribute_guard(__name__, "Holder", "token")
+        return gm.forward
+
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    for token in ("a", "a", "b", "a"):
+        Holder.token = token
+        function(X)
+    assert len(compiles) == 2, "InstructionTranslator.current_tx().import_source, AttrSource or EQUALS_MATCH changed"
+
+
+class Holder:
+    token = "a"
+
+
+def test_the_frame_being_compiled_is_known_inside_a_backend_and_nowhere_else():
+    def function(x):
+        return x + 1
+
+    assert dynamo.is_compiling_frame() is False
+    assert dynamo.compile_owner() is None and dynamo.code_being_compiled() is None and dynamo.root_module() is None
+    looked = inside_a_compile(
+        lambda _: (dynamo.is_compiling_frame(), dynamo.compile_owner(), dynamo.code_being_compiled()), function=function
+    )
+    assert looked[0] is True, "InstructionTranslator.current_tx or TracingContext.try_get changed"
+    assert looked[1] is not None, "output.compiler_fn moved"
+    assert looked[2] is function.__code__, "output.root_tx.f_code moved"
+
+
+def test_each_call_of_torch_compile_has_its_own_owner():
+    owners = [inside_a_compile(lambda _: dynamo.compile_owner()) for _ in range(2)]
+    assert owners[0] is not owners[1]
+
+
+def test_the_root_module_is_the_one_whose_forward_is_compiled():
+    model = Attention()
+    root = inside_a_compile(lambda _: dynamo.root_module(), torch.randn(1, 4, 16), function=model)
+    assert root is model, "output.local_scope or root_tx changed"
+    assert inside_a_compile(lambda _: dynamo.root_module()) is None
+
+
+OPTIONS = {"sparge.topk": 0.3}
+
+
+def compiled_forms():
+    module, in_place = Attention(), Attention()
+    in_place.compile(backend="sparge", options=OPTIONS)
+    return {
+        "module": (torch.compile(module, backend="sparge", options=OPTIONS), module),
+        "in-place": (in_place, in_place),
+        "function": (torch.compile(attention_of, backend="sparge", options=OPTIONS), attention_of),
+    }
+
+
+def attention_of(x):
+    return F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("form", ["module", "in-place", "function"])
+def test_what_was_compiled_and_with_which_options_can_be_read_back(form):
+    compiled, original = compiled_forms()[form]
+    assert dynamo.uncompiled(compiled) == (original, OPTIONS), "_orig_mod, dynamo_ctx.callback or its kwargs moved"
+
+
+@pytest.mark.parametrize("model", [Attention(), attention_of], ids=["module", "function"])
+def test_what_was_never_compiled_has_no_options(model):
+    assert dynamo.uncompiled(model) == (model, None)
+
+
+def test_a_compile_in_place_is_undone_inside_the_context_and_back_after():
+    model = Attention()
+    model.compile(backend="eager")
+    before = model._compiled_call_impl
+    with pytest.raises(KeyError), dynamo.not_compiled_in_place(model):
+        assert model._compiled_call_impl is None
+        raise KeyError
+    assert before is not None and model._compiled_call_impl is before
+
+
+def test_the_recompile_limit_is_torchs_and_is_raised_inside_the_context_only():
+    before = (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit)
+    assert dynamo.recompile_limit() == before[0]
+    with pytest.raises(KeyError), dynamo.more_recompiles(5):
+        assert dynamo.recompile_limit() == before[0] + 5
+        raise KeyError
+    assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit) == before
+
+
+def test_listeners_hear_the_start_and_the_end_of_each_compile_even_a_failing_one():
+    heard = []
+
+    def failing(gm, _):
+        raise ValueError("broken backend")
+
+    with dynamo.compile_listeners(lambda: heard.append("start"), lambda: heard.append("end")):
+        inside_a_compile(lambda _: heard.append("backend"))
+        with pytest.raises(Exception, match="broken backend"):
+            torch.compile(lambda x: x * 3, backend=failing)(X)
+    inside_a_compile(lambda _: None, function=lambda x: x - 2)
+    assert heard == ["start", "backend", "end", "start", "end"], "callback_handler changed"
+
+
+def test_facts_about_sizes_are_known_guarded_or_left_to_run_time():
+    def look(gm):
+        length = attention_node(gm).args[0].meta["example_value"].shape[2]
+        known = (dynamo.known(length >= 2), dynamo.known(length >= 20), dynamo.known(4 == 4))
+        guarded = (dynamo.guard(length >= 20), dynamo.guard(length >= 2), dynamo.guard(3 > 4))
+        return known, guarded, dynamo.hint(length), dynamo.hint(7), dynamo.specialize(length), dynamo.specialize(7)
+
+    x = torch.randn(1, 2, 11, 8)
+    torch._dynamo.maybe_mark_dynamic(x, 2)
+    assert inside_a_compile(look, x) == ((True, False, True), (False, True, False), 11, 7, 11, 7)
+
+
+def test_a_size_bounded_by_the_caller_is_never_guarded():
+    def look(gm):
+        length = attention_node(gm).args[0].meta["example_value"].shape[2]
+        asked = [dynamo.guard(length >= n) for n in (4, 20, 1000)]
+        return asked, dynamo.specialize(length), dynamo.hint(length)
+
+    x = torch.randn(1, 2, 11, 8)
+    torch._dynamo.mark_dynamic(x, 2, min=5, max=100)
+    found = inside_a_compile(look, x)
+    assert found == ([True, None, False], None, 11), "tracked_fakes' symbolic_context.constraint_sizes changed"
+
+
+def test_a_symbolic_number_is_specialized_to_a_plain_one():
+    def look(gm):
+        return [dynamo.specialize(value) for value in attention_node(gm).args[0].meta["example_value"].shape]
+
+    sizes = inside_a_compile(look, X, dynamic=True)
+    assert sizes == [2, 2, 6, 8] and all(type(size) is int for size in sizes)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (3, 1, 0, 2)], ids=str)
+def test_the_physical_layout_is_what_empty_permuted_takes(order):
+    x = torch.empty_permuted((2, 3, 4, 5), order)
+    assert dynamo.physical_layout(x) == order
+
+
+def test_a_node_knows_its_module_its_line_and_its_value():
+    model = nn.Sequential(Attention())
+
+    def look(gm):
+        node = attention_node(gm)
+        return (
+            dynamo.module_path(node),
+            dynamo.user_frame(node),
+            dynamo.example(node),
+            dynamo.is_plain(dynamo.example(node)),
+        )
+
+    path, frame, value, plain = inside_a_compile(look, torch.randn(1, 4, 16), function=model)
+    assert path[1] == "Attention" and "0" in path[0], "node.meta['nn_module_stack'] changed"
+    assert frame[0] == inspect.getsourcefile(Attention) and frame[2] == "forward", "node.meta['stack_trace'] changed"
+    assert tuple(value.shape) == (1, 2, 4, 8) and plain, "node.meta['example_value'] changed"
+
+
+def test_plain_tensors_are_told_from_other_kinds():
+    assert not dynamo.is_plain(torch.ones(2)), "a real tensor is not of the graph"
+    assert not dynamo.is_plain(torch.ones(2).to_sparse())
+
+
+def test_an_example_value_can_be_recorded():
+    graph = torch.fx.Graph()
+    node = graph.placeholder("x")
+    assert dynamo.example(node) is None
+    dynamo.set_example(node, 3)
+    assert dynamo.example(node) == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [("no-such-mode", None, "no-such-mode"), (None, {"no_such_option": 1}, "no_such_option")],
+    ids=["mode", "option"],
+)
+def test_inductor_checks_mode_and_options(mode, options, message):
+    gm = torch.fx.symbolic_trace(lambda x: x + 1)
+    with pytest.raises(RuntimeError, match=message):
+        dynamo.compile_with_inductor(gm, [X], mode, options)
+
+
+def test_the_policy_guard_reads_the_token_of_the_policy_in_force():
+    inside_a_compile(lambda _: context.guard_on_policy_in_force(Policy(topk=0.125)))
+    tokens = [value.token for name, value in vars(context.STATE).items() if name.startswith("base_")]
+    assert Policy(topk=0.125).token in tokens

@@ -1,0 +1,84 @@
+"""What an entry of the zoo is: a model that depends on its attention, an input, and the calls to be found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """`module(*args, **kwargs)`."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, function: Callable[..., Any] | None = None) -> list[Tensor]:
+        """The floating-point tensors the module returns, without caches; `function` runs in the module's place."""
+        result = (self.module if function is None else function)(*self.args, **self.kwargs)
+        values = result.values() if isinstance(result, Mapping) else result
+        return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+class Rewritten(NamedTuple):
+    """Sites that run `sparge::attention`: an fnmatch pattern on their names, and how many there are."""
+
+    sites: str
+    count: int
+    is_causal: bool = False
+
+
+class Dense(NamedTuple):
+    """Sites that keep their call: an fnmatch pattern on their names, how many there are, a piece of the reason."""
+
+    sites: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model, one input, and every attention call in it.
+
+    Attributes:
+        name: of the test.
+        build: makes the model and its input; `call` fixes the seed.
+        found: the calls; each belongs to exactly one pattern.
+        gain: of the queries and the keys. 1.5 gives scores a standard deviation of about 2: a row of the softmax is
+            neither uniform nor one-hot.
+    """
+
+    name: str
+    build: Callable[[], Call]
+    found: tuple[Rewritten | Dense, ...]
+    gain: float = 1.5
+
+    def call(self) -> Call:
+        """The model in eval mode with random weights, and its input. The same every time."""
+        torch.manual_seed(0)
+        call = self.build()
+        _make_attention_matter(call.module, self.gain)
+        call.module.eval()
+        return call
+
+
+def _make_attention_matter(module: nn.Module, gain: float) -> None:
+    """With the libraries' own random weights the output hardly depends on what attention does."""
+    with torch.no_grad():
+        for name, part in module.named_modules():
+            kind = name.rsplit(".", 1)[-1]
+            if isinstance(part, nn.Embedding):
+                part.weight.normal_(std=part.embedding_dim**-0.5)
+            elif isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                size = gain if kind in _QUERIES_AND_KEYS else 1.0
+                part.weight.normal_(std=size * part.weight[0].numel() ** -0.5)
+            elif kind in _NORMS_OF_QUERIES_AND_KEYS:
+                part.weight.fill_(gain)
+
+
+_QUERIES_AND_KEYS = ("q_proj", "k_proj", "to_q", "to_k", "query", "key", "q", "k", "add_q_proj", "add_k_proj")
+_NORMS_OF_QUERIES_AND_KEYS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
