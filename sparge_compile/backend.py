@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
-from types import CodeType
 from typing import Any
 
 from torch import fx
@@ -49,22 +47,21 @@ def sparge(
     return dynamo.compile_with_inductor(gm, example_inputs, mode, inductor_options)
 
 
-def transform(gm: fx.GraphModule, base: Policy, prefix: str = "") -> list[SiteReport]:
+def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
     """Rewrites `gm` in place under the policy in force and says what was done; without attention it does nothing.
 
     Args:
         gm: a TorchDynamo graph.
         base: the policy of the compile, before the contexts around it.
-        prefix: the qualified name of the module the graph was traced from, within the whole model.
     """
-    sites = find_sites(gm, prefix)
+    sites = find_sites(gm)
     if not sites:
         log.debug("no attention call in a graph of %d nodes", len(gm.graph.nodes))
         return []
     policy = context.in_force(base)
     if dynamo.is_compiling_frame():
         context.guard_on_policy_in_force(base)
-        _warn_before_recompile_limit(policy)
+        _warn_before_recompile_limit()
     outcomes = [(site, outcome) for site, outcome in zip(sites, _decide_all(gm, sites, policy), strict=True)]
     reports = [describe(site, outcome) for site, outcome in outcomes]
     _check_strict(policy, reports)
@@ -111,20 +108,15 @@ def _announce(policy: Policy, reports: Sequence[SiteReport]) -> None:
         )
 
 
-_policies_of_code: weakref.WeakKeyDictionary[CodeType, set[str]] = weakref.WeakKeyDictionary()
-
-
-def _warn_before_recompile_limit(policy: Policy) -> None:
+def _warn_before_recompile_limit() -> None:
     """Past its recompile limit TorchDynamo runs the model eagerly and silently; say so one variant earlier."""
     code = dynamo.code_being_compiled()
-    if code is None:
+    if code is None or dynamo.variants_compiled(code) + 1 != dynamo.recompile_limit():
         return
-    tokens = _policies_of_code.setdefault(code, set())
-    tokens.add(policy.token)
-    if len(tokens) == dynamo.recompile_limit():
-        warnings.warn(
-            f"sparge: {code.co_qualname if hasattr(code, 'co_qualname') else code.co_name} is now compiled for "
-            f"{len(tokens)} policies, torch's recompile limit. Under one more policy it will run eagerly, without "
-            "Inductor and without sparse attention. Use fewer policies, or raise torch._dynamo.config.recompile_limit.",
-            stacklevel=2,
-        )
+    warnings.warn(
+        f"sparge: this is variant {dynamo.recompile_limit()} of {code.co_name} ({code.co_filename}:"
+        f"{code.co_firstlineno}), torch's recompile limit. Under one more policy or shape it will run eagerly, without "
+        "Inductor and without sparse attention. Use fewer policies and lengths, or raise "
+        "torch._dynamo.config.recompile_limit.",
+        stacklevel=2,
+    )

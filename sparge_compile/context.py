@@ -25,15 +25,22 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class _Frame:
     """One entered context: the frame around it, what it changes, and the tokens already computed inside it."""
 
-    __slots__ = ("change", "parent", "tokens")
+    __slots__ = ("context", "parent", "tokens")
 
-    def __init__(self, parent: _Frame | None, change: Callable[[Policy], Policy]) -> None:
+    def __init__(self, parent: _Frame | None, context: rewriting) -> None:
         self.parent = parent
-        self.change = change
+        self.context = context
         self.tokens: dict[str, str] = {}  # per base: a guard runs this on every call of compiled code
 
     def apply(self, base: Policy) -> Policy:
-        return self.change(self.parent.apply(base) if self.parent else base)
+        return self.context.change(self.parent.apply(base) if self.parent else base)
+
+
+def _without(frame: _Frame | None, context: rewriting) -> _Frame | None:
+    """The frames less the innermost of `context`: contexts may be left out of order (a generator closed late)."""
+    if frame is None or frame.context is context:
+        return frame.parent if frame else None
+    return _Frame(_without(frame.parent, context), frame.context)
 
 
 _FRAME: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("sparge_rewriting", default=None)
@@ -101,17 +108,17 @@ class rewriting:
         self._policy = policy
         self._fields = fields
 
-    def _change(self, policy: Policy) -> Policy:
+    def change(self, policy: Policy) -> Policy:
+        """The policy in force inside, given the one outside."""
         return replace(self._policy or policy, self._fields)
 
     def __enter__(self) -> None:
-        _FRAME.set(_Frame(_FRAME.get(), self._change))
+        _FRAME.set(_Frame(_FRAME.get(), self))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        frame = _FRAME.get()
-        _FRAME.set(frame.parent if frame else None)
+        _FRAME.set(_without(_FRAME.get(), self))
 
     def __call__(self, function: _Function) -> _Function:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):

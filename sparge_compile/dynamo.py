@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 import torch._dynamo.config
+import torch._dynamo.eval_frame
 from torch import fx, nn
 from torch._dynamo import callback as _callback
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -24,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
 Size = int | torch.SymInt
+_ROOT_LOCAL = re.compile(r"""L\[['"](\w+)['"]\]""")
 _STACK_ENTRY = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
@@ -56,18 +61,34 @@ def code_being_compiled() -> CodeType | None:
     return _translator().output.root_tx.f_code if is_compiling_frame() else None
 
 
-def root_module() -> nn.Module | None:
-    """The module whose forward is the frame in progress; None for a plain function.
+def root_module(path: str | None) -> nn.Module | None:
+    """The module a node's path starts at: the local variable of the frame that the path names, else the frame's self.
 
-    TorchDynamo records no nn_module_stack for it: a frame that starts inside a model, after a graph break, shows its
-    submodules only.
+    TorchDynamo records paths from the frame it traces. After a graph break that frame is a submodule's forward, or a
+    continuation that holds the module in a variable of its own making.
     """
     if not is_compiling_frame():
         return None
     output = _translator().output
     code = output.root_tx.f_code
-    root = output.local_scope.get(code.co_varnames[0]) if code.co_argcount else None
-    return root if isinstance(root, nn.Module) else None
+    named = _ROOT_LOCAL.match(path or "")
+    candidates = [named.group(1)] if named else ["self", *code.co_varnames[: min(code.co_argcount, 1)]]
+    found = (output.local_scope.get(name) for name in candidates)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def compiled_module() -> nn.Module | None:
+    """The module that `torch.compile` was given, for the compile in progress; None for a function.
+
+    It is not part of what a backend receives, so it is read off the stack, where `torch.compile`'s wrapper holds it.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == torch._dynamo.eval_frame.__file__:
+            owner = getattr(frame.f_locals.get("fn"), "__self__", None)
+            return owner if isinstance(owner, nn.Module) else None
+        frame = frame.f_back
+    return None
 
 
 def uncompiled(model: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any] | None]:
@@ -103,6 +124,11 @@ def not_compiled_in_place(model: Any) -> Iterator[None]:
         yield
     finally:
         model._compiled_call_impl = compiled
+
+
+def variants_compiled(code: CodeType) -> int:
+    """How many variants of a code object TorchDynamo holds, the one being compiled not counted."""
+    return len(_debug_get_cache_entry_list(code))
 
 
 def recompile_limit() -> int:
@@ -213,6 +239,12 @@ def set_example(node: fx.Node, value: Any) -> None:
     node.meta["example_value"] = value
 
 
+def storage(node: fx.Node) -> int | None:
+    """What memory a node's tensor lies in: equal for two nodes that share it; None if it is no tensor."""
+    value = example(node)
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) and is_plain(value) else None
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Is this a dense tensor of the graph, and not a subclass of the user's, a nested or a sparse tensor?"""
     return isinstance(tensor, FakeTensor) and tensor.layout == torch.strided
@@ -227,6 +259,20 @@ def compile_with_inductor(
         RuntimeError: an unknown mode or option. A custom backend gets both unvalidated, and "default" never arrives.
     """
     return torch._TorchCompileInductorWrapper(mode, options, None)(gm, example_inputs)
+
+
+@contextlib.contextmanager
+def unwrapped_backend_errors() -> Iterator[None]:
+    """What a backend raises, without the BackendCompilerFailed that TorchDynamo puts around it."""
+    try:
+        yield
+    except BackendCompilerFailed as failed:
+        raise failed.inner_exception from None
+
+
+def is_transforming() -> bool:
+    """Is a functorch transform (vmap, grad, jvp) or forward-mode differentiation active in this thread?"""
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _translator() -> Any:

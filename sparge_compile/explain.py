@@ -1,15 +1,18 @@
-"""`explain`: run a model once and report every attention call, rewritten or dense and why.
+"""`explain`: run a model once and report every attention call.
 
 The model is traced as `torch.compile(model, backend="sparge")` would trace it and run on the rewritten graphs, without
-Inductor: what is reported is what the compile does, sooner. Calls that ran eagerly, outside every compiled graph,
-are seen by a profiling hook that watches Python call the attention function.
+Inductor: what is reported is what the compile does, sooner. A graph reports its sites when it runs, so graphs that an
+earlier `explain` compiled report again. Calls that ran eagerly, outside every compiled graph, are seen by a profiling
+hook that watches Python call the attention function.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -18,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from sparge_compile import dynamo
+from sparge_compile import context, dynamo
 from sparge_compile.backend import transform
-from sparge_compile.context import rewriting
 from sparge_compile.policy import Policy, split_options
 from sparge_compile.report import Report, SiteReport
 from sparge_kernels import ops
 
 _OUTSIDE = "the call ran outside every compiled graph, after a graph break; torch._dynamo.explain shows the break"
-_RECOMPILES = 64  # room for explain's own variants, so that it neither meets nor uses up torch's limit
+_NOT_WATCHED = "Calls outside compiled graphs are not listed: another profiler is active in this thread."
+_RECOMPILES = 64  # room for explain's own variants, so that it does not meet torch's limit
 
 
 def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None, **kwargs: Any) -> Report:
@@ -35,7 +38,7 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
     Args:
         model: a module or function; compiled or not, it is left as it is.
         *args, **kwargs: what to call it with. The run has the side effects a call has (a cache is filled).
-        policy: the policy to explain; None is the one in force here.
+        policy: the policy to explain. None: the one in force here, on top of the `options` of a compiled model.
 
     Returns:
         A `Report`. Rewritten sites carry the density measured in this run, averaged over batch and heads.
@@ -44,40 +47,49 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
         StrictPolicyError: the policy is strict and a call cannot be rewritten.
     """
     target, options = dynamo.uncompiled(model)
-    base = split_options(options)[0] if policy is None else policy
-    names = {module: name for name, module in target.named_modules()} if isinstance(target, nn.Module) else {}
-    found: list[SiteReport] = []
+    chosen = context.in_force(split_options(options)[0]) if policy is None else policy
+    collector = _Collector(target)
+    token = _COLLECTOR.set(collector)
+    try:
+        with (
+            torch.no_grad(),
+            dynamo.more_recompiles(_RECOMPILES),
+            dynamo.not_compiled_in_place(target),
+            dynamo.unwrapped_backend_errors(),
+            warnings.catch_warnings(),
+            context.rewriting(chosen),
+            collector.watching_eager_calls(),
+        ):
+            warnings.simplefilter("ignore", UserWarning)
+            torch.compile(target, backend=_report_when_run)(*args, **kwargs)
+    finally:
+        _COLLECTOR.reset(token)
+    return Report(tuple(collector.sites.values()), collector.notes)
 
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        root = dynamo.root_module()
-        found.extend(transform(gm, base, prefix=names.get(root, "") if root is not None else ""))
-        return gm.forward
 
-    watcher = _EagerCalls(names)
-    with (
-        torch.no_grad(),
-        dynamo.more_recompiles(_RECOMPILES),
-        dynamo.not_compiled_in_place(target),
-        warnings.catch_warnings(),
-        ops.record_stats() as records,
-        dynamo.compile_listeners(watcher.pause, watcher.resume),
-        watcher,
-    ):
-        warnings.simplefilter("ignore", UserWarning)
-        compiled = torch.compile(target, backend=backend)
-        if policy is None:
-            compiled(*args, **kwargs)
-        else:
-            with rewriting(policy):
-                compiled(*args, **kwargs)
-    return Report((*_with_stats(found, records), *watcher.sites))
+def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A TorchDynamo backend: rewrites, and reports to the `explain` in progress whenever the graph runs."""
+    sites = transform(gm, Policy())
+    traced_in = dynamo.root_module(None)
+    forward = gm.forward
+
+    def run(*inputs: Any) -> Any:
+        collector = _COLLECTOR.get()
+        if collector is None:
+            return forward(*inputs)
+        with ops.record_stats() as records, collector.inside_graph():
+            outputs = forward(*inputs)
+        collector.add(_with_stats(sites, records), traced_in, _module_running(sys._getframe(1)))
+        return outputs
+
+    return run
 
 
 def _with_stats(sites: Sequence[SiteReport], records: Sequence[ops.StatsRecord]) -> list[SiteReport]:
     measured = []
     for site in sites:
         of_site = [record for record in records if record.site == site.name]
-        if site.rewritten and of_site:
+        if of_site:
             density = torch.stack([record.density.mean() for record in of_site]).mean().item()
             pv_skipped = torch.stack([record.pv_skipped.mean() for record in of_site]).mean().item()
             site = replace(site, density=density, pv_skipped=pv_skipped)
@@ -85,60 +97,78 @@ def _with_stats(sites: Sequence[SiteReport], records: Sequence[ops.StatsRecord])
     return measured
 
 
-class _EagerCalls:
-    """Sees every call of the attention function that Python makes outside compiled graphs.
+class _Collector:
+    """The sites of one `explain`, by name and place in the source, in the order they ran."""
 
-    A profiling hook is the only observer that changes nothing: a TorchFunctionMode alters the captured graph, and
-    patching the function hides it from TorchDynamo. It is paused while TorchDynamo traces.
-    """
+    def __init__(self, target: Callable[..., Any]) -> None:
+        self.sites: dict[tuple[str, str], SiteReport] = {}
+        self.notes: tuple[str, ...] = ()
+        modules = target.named_modules() if isinstance(target, nn.Module) else ()
+        self._names = {module: name for name, module in modules}
+        self._depth = 0  # of graphs running and compiles in progress: what Python calls there is not eager
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
-        self.sites: list[SiteReport] = []
-        self._names = names
-        self._before: Any = None
-        self._pauses = 0
+    def add(self, sites: Sequence[SiteReport], traced_in: nn.Module | None, running: nn.Module | None) -> None:
+        """Adds the sites of a graph that ran. Modules that share a graph share its trace, so names are corrected."""
+        before, now = (self._names.get(module, "") if module else "" for module in (traced_in, running))
+        for site in sites:
+            if before and now and (site.name + ".").startswith((before + ".", before + ":")):
+                site = replace(site, name=now + site.name[len(before) :])
+            self.sites[site.name, site.source] = site
 
-    def __enter__(self) -> None:
-        self._before = sys.getprofile()
-        sys.setprofile(self._see)
+    @contextlib.contextmanager
+    def inside_graph(self) -> Iterator[None]:
+        """While a graph runs or is compiled."""
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
 
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(self._before)
+    @contextlib.contextmanager
+    def watching_eager_calls(self) -> Iterator[None]:
+        """Sees every call of the attention function that Python makes outside compiled graphs.
 
-    def pause(self) -> None:
-        self._pauses += 1
-        sys.setprofile(self._before)
+        A profiling hook is the only observer that changes nothing: a TorchFunctionMode alters the captured graph, and
+        patching the function hides it from TorchDynamo. It is off while TorchDynamo traces and while graphs run.
+        """
+        if sys.getprofile() is not None:
+            self.notes = (_NOT_WATCHED,)
+            yield
+            return
+        with dynamo.compile_listeners(self._enter, self._leave):
+            self._depth = 0
+            sys.setprofile(self._see)
+            try:
+                yield
+            finally:
+                sys.setprofile(None)
 
-    def resume(self) -> None:
-        self._pauses -= 1
-        if self._pauses == 0:
+    def _enter(self) -> None:
+        self._depth += 1
+        if not self.notes:
+            sys.setprofile(None)
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0 and not self.notes:
             sys.setprofile(self._see)
 
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "c_call" and argument is F.scaled_dot_product_attention and not _in_graph(frame):
-            site = self._describe(frame)
-            if site not in self.sites:
-                self.sites.append(site)
-
-    def _describe(self, frame: FrameType) -> SiteReport:
-        owner = _module_running(frame)
-        name = frame.f_code.co_name if owner is None else self._names.get(owner) or type(owner).__name__
-        source = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        return SiteReport(name, rewritten=False, reason=_OUTSIDE, source=source)
+        if event == "c_call" and argument is F.scaled_dot_product_attention:
+            owner = _module_running(frame)
+            name = frame.f_code.co_name if owner is None else self._names.get(owner) or type(owner).__name__
+            source = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            self.sites[name, source] = SiteReport(name, rewritten=False, reason=_OUTSIDE, source=source)
 
 
-def _module_running(frame: FrameType) -> nn.Module | None:
+_COLLECTOR: ContextVar[_Collector | None] = ContextVar("sparge_explain", default=None)
+
+
+def _module_running(frame: FrameType | None) -> nn.Module | None:
     """The innermost module whose method is on the stack."""
-    caller: FrameType | None = frame
-    while caller is not None:
-        owner = caller.f_locals.get("self")
-        if isinstance(owner, nn.Module):
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not isinstance(owner, fx.GraphModule):
             return owner
-        caller = caller.f_back
+        frame = frame.f_back
     return None
-
-
-def _in_graph(frame: FrameType) -> bool:
-    """Is this the generated code of a graph, or torch's own code tracing or decomposing one?"""
-    name = frame.f_code.co_filename
-    return name.startswith("<eval_with_key>") or "/torch/_" in name.replace("\\", "/")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparge_compile import dynamo
 from sparge_compile.policy import Policy, replace
 from sparge_compile.site import StrictPolicyError
 from sparge_compile.thresholds import from_policy
@@ -91,10 +92,13 @@ def attention(
         StrictPolicyError: the policy is strict and the call cannot be done sparsely.
         ValueError, TypeError: a policy field that does not exist or is out of range.
     """
+    q, k, v = (_autocast(x) for x in (q, k, v))
     chosen = Policy() if policy is None else policy
     if fields:
         chosen = replace(chosen, fields)
     reason = "the policy is disabled" if not chosen.enabled else _why_dense(q, k, v, attn_mask, dropout_p, enable_gqa)
+    if reason is None and isinstance(scale, Tensor):
+        reason = "scale is a tensor"
     if reason is None and chosen.precision == "fp8":
         reason = "precision='fp8' needs a GPU kernel; use 'auto' or 'int8'"
     short = min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
@@ -118,6 +122,14 @@ def attention(
     return _sparse(q, k, v, chosen, is_causal, scale, enable_gqa, return_stats)
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """What ambient autocast makes of an input of scaled_dot_product_attention."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 def _why_dense(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, enable_gqa: bool
 ) -> str | None:
@@ -127,6 +139,10 @@ def _why_dense(
         return f"dropout is active (dropout_p={dropout_p})"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "a gradient is needed and the kernel has no backward; run it under torch.no_grad()"
+    if not torch.compiler.is_compiling() and dynamo.is_transforming():
+        return "a torch.func transform or forward-mode differentiation is active"
+    if any(x.is_nested or x.layout != torch.strided for x in (q, k, v)):
+        return "q, k or v is not a dense tensor"
     if min(q.dim(), k.dim(), v.dim()) < 2 or not q.dim() == k.dim() == v.dim():
         return f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions"
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 
 import torch
 from torch import fx
 
-_IN_PLACE_OPERATORS = {
-    operator.setitem,
-    operator.delitem,
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.ifloordiv,
-    operator.imod,
-    operator.ipow,
-    operator.imatmul,
-    operator.iand,
-    operator.ior,
-    operator.ixor,
-    operator.ilshift,
-    operator.irshift,
-}
+from sparge_compile import dynamo
 
 
 def op_name(node: fx.Node) -> str:
@@ -37,46 +22,54 @@ def op_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "")
 
 
-def writes_in_place(node: fx.Node) -> bool:
-    """May this call change one of its arguments?"""
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.op != "call_function":
-        return False
+# Modules whose functions name a write: by a trailing underscore, an `out` or an `inplace` argument.
+_TORCH_MODULES = ("torch", "_operator", "math", "builtins")
+_IN_PLACE_OPERATORS = {f"i{name.strip('_')}" for name in dir(operator) if hasattr(operator, f"__i{name.strip('_')}__")}
+_IN_PLACE_NAMES = _IN_PLACE_OPERATORS | {f"__{name}__" for name in _IN_PLACE_OPERATORS}
+_IN_PLACE_NAMES |= {"setitem", "delitem", "__setitem__", "__delitem__"}
+_NOT_IN_PLACE = ("and_", "or_", "not_", "is_")
+
+
+def may_write(node: fx.Node) -> bool:
+    """May this call change one of its arguments? A call that is not known to leave them alone may."""
+    name = op_name(node)
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "call_module"
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return any(getattr(node.target, name)._schema.is_mutable for name in node.target.overloads())
-    if node.target in _IN_PLACE_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace") is True:
+        return any(getattr(node.target, overload)._schema.is_mutable for overload in node.target.overloads())
+    if name in _IN_PLACE_NAMES or (name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE):
         return True
-    name = op_name(node)
-    return name.endswith("_") and name not in ("and_", "or_", "not_", "is_")
+    if node.op == "call_method":
+        return False
+    module = getattr(node.target, "__module__", None) or "torch"  # torch's C functions name no module
+    if module.split(".")[0] not in _TORCH_MODULES or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    return "out" in node.kwargs or _asks_in_place(node)
+
+
+def _asks_in_place(node: fx.Node) -> bool:
+    """`F.relu(x, True)` and `F.relu(x, inplace=True)` alike."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    try:
+        parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a C function; none of torch's has such a parameter
+        return False
+    place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
+    return place < len(node.args) and node.args[place] is not False
 
 
 def written_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose storage may be written in place anywhere in the graph.
+    """Nodes that share memory with something that may be written in place anywhere in the graph.
 
-    A write reaches what its argument is a view of, so the walk goes back along first arguments: views take their
-    base there. It may flag nodes that are copies; it misses none that the matchers look through.
+    Memory is told apart by the storage of the fake tensors, which views, aliases among the inputs and aliases made in
+    ways nobody thought of all share.
     """
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        if writes_in_place(node):
-            pending = list(node.all_input_nodes)
-            while pending:
-                reached = pending.pop()
-                if reached in written:
-                    continue
-                written.add(reached)
-                pending.extend(_may_be_viewed_by(reached))
-    return written
-
-
-def _may_be_viewed_by(node: fx.Node) -> list[fx.Node]:
-    if op_name(node) in ("broadcast_tensors", "meshgrid"):
-        return node.all_input_nodes
-    return [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
+    written = {dynamo.storage(argument) for node in graph.nodes if may_write(node) for argument in node.all_input_nodes}
+    written.discard(None)
+    return {node for node in graph.nodes if dynamo.storage(node) in written}
 
 
 # Nodes between which attention does not have its plain meaning: a kernel the user chose, or a functorch transform.

@@ -334,7 +334,10 @@ def evaluate(name: str, result: torch.Tensor, args: tuple[Any, ...], kwargs: dic
         inspect.signature(operation).bind(result, *args, **kwargs)
     except TypeError:
         raise Unproven(f"the mask uses {name} with arguments that are not understood") from None
-    return _each(operation(result, *args, **kwargs), lambda a: _normalized(a, result.shape))
+    value = operation(result, *args, **kwargs)
+    if isinstance(value, Affine) and result.dtype != torch.int64:
+        raise Unproven(f"the mask counts in {result.dtype}, which may wrap around")
+    return _each(value, lambda a: _normalized(a, result.shape))
 
 
 def _normalized(a: Affine, shape: Shape) -> Affine:

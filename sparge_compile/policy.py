@@ -101,13 +101,12 @@ class Policy:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             kind = "a number or None" if optional else "a number"
             raise TypeError(f"{name}={value!r}: must be {kind}, not {type(value).__name__}.")
-        below = value <= lower if lower_open else value < lower
-        above = value >= upper if upper_open else value > upper
-        if math.isnan(value) or math.isinf(value) or below or above:
+        inside = (value > lower if lower_open else value >= lower) and (value < upper if upper_open else value <= upper)
+        if not inside or value in (math.inf, -math.inf):  # NaN is inside nothing
             opening = "(" if lower_open or math.isinf(lower) else "["
             closing = ")" if upper_open or math.isinf(upper) else "]"
             raise ValueError(f"{name}={value!r}: must be in {opening}{lower:g}, {upper:g}{closing}.")
-        object.__setattr__(self, name, float(value))
+        object.__setattr__(self, name, float(value) + 0.0)  # -0.0 is 0.0
 
     def _check_min_tokens(self) -> None:
         value = self.min_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,14 +45,12 @@ class Profile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON to a temporary file beside `path`, then renames it: nothing half-written is ever seen."""
         target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self._text())
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            temporary.write_text(self._text(), encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -115,6 +113,9 @@ def _entries(site: str, heads: Any) -> tuple[Thresholds, ...]:
     for number, head in enumerate(heads):
         if not isinstance(head, dict) or set(head) != set(_ENTRY_KEYS):
             raise ValueError(f"site {site!r}, head {number}: must hold exactly {', '.join(_ENTRY_KEYS)}.")
+        wrong = [key for key, value in head.items() if value is not None and type(value) not in (int, float)]
+        if wrong:
+            raise ValueError(f"site {site!r}, head {number}: {wrong[0]}={head[wrong[0]]!r} is not a number.")
         try:
             entries.append(Thresholds(*(head[key] for key in _ENTRY_KEYS)))
         except (TypeError, ValueError) as error:

@@ -18,19 +18,22 @@ def rewrite(gm: fx.GraphModule, decisions: Sequence[Decision]) -> None:
     What only the dense call used (its mask, repeated keys and values) is left: Inductor drops dead nodes, and knows
     which of them have side effects.
     """
+    replaced: dict[fx.Node, fx.Node] = {}
     for decision in decisions:
-        _rewrite_site(gm.graph, decision)
+        _rewrite_site(gm.graph, decision, replaced)
     if decisions:
         gm.graph.lint()
         gm.recompile()
 
 
-def _rewrite_site(graph: fx.Graph, decision: Decision) -> None:
+def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, fx.Node]) -> None:
+    """`replaced` maps the nodes of earlier sites, which may be this one's inputs, to what stands for them now."""
     claim = decision.claim
     node = claim.site.node
     output = dynamo.example(node)
     with graph.inserting_before(node):
-        inputs = tuple(_cast(graph, x, claim.dtype) for x in (claim.query, claim.key, claim.value))
+        claimed = (claim.query, claim.key, claim.value)
+        inputs = tuple(_cast(graph, replaced.get(x, x), claim.dtype) for x in claimed)
         # The output keeps the memory order the dense call had, so that a later .view() stays valid.
         replacement = graph.call_function(
             torch.ops.sparge.attention.default,
@@ -49,6 +52,7 @@ def _rewrite_site(graph: fx.Graph, decision: Decision) -> None:
     replacement.meta = dict(node.meta)
     node.replace_all_uses_with(replacement)
     graph.erase_node(node)
+    replaced[node] = replacement
 
 
 def _cast(graph: fx.Graph, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -17,13 +17,8 @@ MATCHERS: list[Callable[[fx.GraphModule], list[AttentionSite]]] = [sdpa.match, m
 _NESTED = "the call is inside the sub-graph of a higher-order operator (checkpoint, cond, a nested compile region)"
 
 
-def find_sites(gm: fx.GraphModule, prefix: str = "") -> list[AttentionSite]:
-    """Every attention call in the graph, in graph order, named. Reads the graph only.
-
-    Args:
-        gm: a TorchDynamo graph.
-        prefix: the qualified name of the module the graph was traced from, within the whole model.
-    """
+def find_sites(gm: fx.GraphModule) -> list[AttentionSite]:
+    """Every attention call in a TorchDynamo graph, in graph order, named. Reads the graph only."""
     sites = _match_all(gm)
     sites += [
         replace(site, unmatched=site.unmatched or _NESTED)
@@ -31,7 +26,7 @@ def find_sites(gm: fx.GraphModule, prefix: str = "") -> list[AttentionSite]:
         if name and isinstance(module, fx.GraphModule)
         for site in _match_all(module)
     ]
-    names = [module_name(site.node, prefix) for site in sites]
+    names = [module_name(site.node) for site in sites]
     total, seen = Counter(names), Counter[str]()
     named = []
     for site, name in zip(sites, names, strict=True):

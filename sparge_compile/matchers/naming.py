@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import re
 
-from torch import fx
+from torch import fx, nn
 
 from sparge_compile import dynamo
 
 _ROOT = re.compile(r"""^(?:[LG]\[(['"]).+?\1\]|\w+)""")
+# What TorchDynamo and torch.compile put into a path that is no part of a qualified name.
+_PLUMBING = ("_modules", "__dict__", "_orig_mod")
 _SUBSCRIPT = re.compile(r"""\[(['"]?)(.+?)\1\]""")
 
 
-def module_name(node: fx.Node, prefix: str = "") -> str:
-    """The qualified name of the module a node belongs to, or the function's name outside any module.
+def module_name(node: fx.Node) -> str:
+    """The qualified name of the module a node belongs to, within the module given to `torch.compile`.
 
-    Args:
-        node: a node of a TorchDynamo graph.
-        prefix: the qualified name of the module whose forward the graph was traced from, if it is not the whole
-            model. That module itself is called by its class where it has no name.
+    That module itself is called by its class; outside any module the function's name is used.
     """
-    found = dynamo.module_path(node)
-    if found is not None:
-        path, class_name = found
-        return ".".join(part for part in (prefix, qualified(path)) if part) or class_name
-    root, frame = dynamo.root_module(), dynamo.user_frame(node)
-    if root is not None:
-        return prefix or type(root).__name__
-    return frame[2] if frame else "attention"
+    found, frame = dynamo.module_path(node), dynamo.user_frame(node)
+    path, class_name = found or (None, None)
+    root = dynamo.root_module(path)
+    if root is None and path is None:
+        return frame[2] if frame else "attention"
+    parts = (_name_of(root), qualified(path or ""))
+    return ".".join(part for part in parts if part) or class_name or type(root).__name__
+
+
+def _name_of(module: nn.Module | None) -> str:
+    top = dynamo.compiled_module()
+    if module is None or top is None:
+        return ""
+    return next((name for name, candidate in top.named_modules() if candidate is module), "")
 
 
 def qualified(path: str) -> str:
@@ -38,7 +43,7 @@ def qualified(path: str) -> str:
     """
     path = _ROOT.sub("", path, count=1)
     path = _SUBSCRIPT.sub(r".\2", path)
-    parts = [part for part in path.split(".") if part and part not in ("_modules", "_orig_mod")]
+    parts = [part for part in path.split(".") if part and part not in _PLUMBING]
     return ".".join(parts)
 
 

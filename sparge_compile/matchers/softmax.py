@@ -31,6 +31,7 @@ _ON_SCORES = {
     "expand", "getitem", "clamp", "maximum", "tanh", "tril", "triu", "nan_to_num", "cat", "unsqueeze", "squeeze",
 }  # fmt: skip
 _REACH = 12
+_VIEWS = {"t", "transpose", "permute", "getattr", "view", "reshape", "to", "unsqueeze", "expand", "contiguous", "float"}
 
 
 def is_softmax(node: fx.Node) -> bool:
@@ -43,8 +44,17 @@ def is_softmax(node: fx.Node) -> bool:
 def is_product(node: fx.Node) -> bool:
     """Is this node a matrix product of two activations, in function, method or operator form?"""
     if node.op == "call_function":
-        return node.target in _PRODUCTS
-    return node.op == "call_method" and node.target in _PRODUCT_METHODS
+        product = node.target in _PRODUCTS
+    else:
+        product = node.op == "call_method" and node.target in _PRODUCT_METHODS
+    return product and not any(_is_weight(operand) for operand in node.all_input_nodes)
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """A parameter, or a view of one: a product with it is a projection (a router, a classifier)."""
+    while op_name(node) in _VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return isinstance(dynamo.example(node), torch.nn.Parameter)
 
 
 def match(gm: fx.GraphModule) -> list[AttentionSite]:

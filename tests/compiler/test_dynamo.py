@@ -58,7 +58,7 @@ def test_the_frame_being_compiled_is_known_inside_a_backend_and_nowhere_else():
         return x + 1
 
     assert dynamo.is_compiling_frame() is False
-    assert dynamo.compile_owner() is None and dynamo.code_being_compiled() is None and dynamo.root_module() is None
+    assert dynamo.compile_owner() is None and dynamo.code_being_compiled() is None and dynamo.root_module(None) is None
     looked = inside_a_compile(
         lambda _: (dynamo.is_compiling_frame(), dynamo.compile_owner(), dynamo.code_being_compiled()), function=function
     )
@@ -74,9 +74,9 @@ def test_each_call_of_torch_compile_has_its_own_owner():
 
 def test_the_root_module_is_the_one_whose_forward_is_compiled():
     model = Attention()
-    root = inside_a_compile(lambda _: dynamo.root_module(), torch.randn(1, 4, 16), function=model)
+    root = inside_a_compile(lambda _: dynamo.root_module(None), torch.randn(1, 4, 16), function=model)
     assert root is model, "output.local_scope or root_tx changed"
-    assert inside_a_compile(lambda _: dynamo.root_module()) is None
+    assert inside_a_compile(lambda _: dynamo.root_module(None)) is None
 
 
 OPTIONS = {"sparge.topk": 0.3}
