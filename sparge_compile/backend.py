@@ -12,7 +12,7 @@ from torch import fx
 from sparge_compile import context, dynamo
 from sparge_compile.claim import claim
 from sparge_compile.graph import blocker, written_nodes
-from sparge_compile.matchers import find_sites
+from sparge_compile.matchers import find_sites, softmax
 from sparge_compile.policy import Policy, split_options
 from sparge_compile.report import LAST, SiteReport, describe
 from sparge_compile.rewrite import rewrite
@@ -44,6 +44,8 @@ def sparge(
     """
     base, inductor_options = split_options(options)
     LAST.add(dynamo.compile_owner(), transform(gm, base))
+    if context.in_force(base).enabled:
+        inductor_options |= softmax.inductor_options(softmax.match(gm))
     return dynamo.compile_with_inductor(gm, example_inputs, mode, inductor_options)
 
 

@@ -94,12 +94,13 @@ class rewriting:
     `rewriting(enabled=False)` gives back the plain Inductor graph. Contexts nest, hold for the current thread or
     asyncio task only, and are undone when an exception leaves them. Each policy is compiled once and then cached.
 
+    Enter it around compiled code, not inside: constructing one there is an error of torch's, and entering one that was
+    built outside breaks the graph (an error under `fullgraph=True`).
+
     Raises:
         ValueError, TypeError: a field that does not exist or is out of range (when constructed, not when entered).
         TypeError: used to decorate a generator function, whose body would run outside the context.
     """
-
-    _dynamo_forbidden = True  # entering inside compiled code is an error of torch's, not a silent no-op
 
     def __init__(self, policy: Policy | None = None, **fields: Any) -> None:
         if policy is not None and not isinstance(policy, Policy):
@@ -141,3 +142,8 @@ class rewriting:
                 return function(*args, **kwargs)
 
         return cast(_Function, call)
+
+
+# TorchDynamo refuses to trace what carries this mark, instead of tracing it into a silent no-op.
+for _callable in (rewriting, rewriting.__enter__, rewriting.__exit__):
+    setattr(_callable, "_dynamo_forbidden", True)  # noqa: B010 - a private name of torch's, typed nowhere

@@ -85,7 +85,9 @@ def compiled_module() -> nn.Module | None:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == torch._dynamo.eval_frame.__file__:
-            owner = getattr(frame.f_locals.get("fn"), "__self__", None)
+            function = frame.f_locals.get("fn")
+            # A bound method; for torch's own containers, such as nn.Sequential, a function around the module.
+            owner = getattr(function, "__self__", None) or _closure(function).get("fn")
             return owner if isinstance(owner, nn.Module) else None
         frame = frame.f_back
     return None

@@ -70,7 +70,7 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
 def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """A TorchDynamo backend: rewrites, and reports to the `explain` in progress whenever the graph runs."""
     sites = transform(gm, Policy())
-    traced_in = dynamo.root_module(None)
+    traced_in = _module_running(sys._getframe(1))
     forward = gm.forward
 
     def run(*inputs: Any) -> Any:

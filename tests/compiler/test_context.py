@@ -229,12 +229,24 @@ class Entered:
         return out
 
 
-@pytest.mark.parametrize("how", ["constructed", "built_before", "decorated", "by_hand"])
+@pytest.mark.parametrize("how", ["constructed", "by_hand"])
 def test_entering_inside_compiled_code_is_an_error_that_names_rewriting(how):
     inside = getattr(Entered, how)
     with torch.no_grad(), pytest.raises(Exception, match="rewriting"):
         torch.compile(lambda x: inside(x + 1), backend=LightBackend())(X)
     assert context.in_force(Policy()) == Policy()
+
+
+@pytest.mark.parametrize("how", ["built_before", "decorated"])
+def test_entering_what_was_built_outside_breaks_the_graph_and_holds_inside(how):
+    inside, backend = getattr(Entered, how), LightBackend()
+    with torch.no_grad():
+        torch.compile(lambda x: inside(x + 1), backend=backend)(X)
+    (node,) = backend.operators()
+    assert node.kwargs["thresholds"][0] == 0.3
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match=r"rewriting|context manager"):
+        torch.compile(lambda x: inside(x + 1), backend=LightBackend(), fullgraph=True)(X)
 
 
 def recompile_warnings(compiled, calls):

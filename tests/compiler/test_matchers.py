@@ -237,7 +237,7 @@ NOT_ATTENTION = {
 
 @pytest.mark.parametrize("function", NOT_ATTENTION.values(), ids=NOT_ATTENTION.keys())
 def test_a_softmax_that_is_not_attention_is_not_reported(function):
-    _, backend = run(function, torch.randn(3, 8), torch.randn(4, 8), torch.randn(3, 4, 8))
+    _, backend = run(function, torch.randn(3, 8), nn.Parameter(torch.randn(4, 8)), torch.randn(3, 4, 8))
     assert backend.sites == []
 
 
