@@ -1,6 +1,6 @@
 """From what length on does sparse attention pay on this CPU? Dense SDPA against `sparge::attention`, paired.
 
-Run from the repository root: python benchmarks/cpu_breakeven.py [--lengths 1024 4096] [--heads 8]
+Run from the repository root: python benchmarks/cpu_breakeven.py [--lengths 1024 4096] [--heads 8] [--causal]
 The workload is a smooth field at the default thresholds; every output is checked before it is timed.
 """
 
@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "kernels"), str(ROOT / "kernels")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
 from workloads import smooth_field  # noqa: E402
 
@@ -34,18 +33,18 @@ def seconds(call: Callable[[], Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def compare(tokens: int, heads: int, head_dim: int, repeats: int, precision: str) -> str:
+def compare(tokens: int, heads: int, head_dim: int, repeats: int, precision: str, is_causal: bool) -> str:
     """One line of the table for `tokens` queries and keys."""
     q, k, v = smooth_field((tokens // 1024, 8, 128), heads=heads, head_dim=head_dim)
-    options = {"thresholds": pack([Thresholds(None, 0.98, 0.5, None)]), "precision": precision}
+    options = {"thresholds": pack([Thresholds(None, 0.98, 0.5, None)]), "precision": precision, "is_causal": is_causal}
     output, density, pv_skipped = torch.ops.sparge.attention_with_stats.default(q, k, v, **options)
-    expected = F.scaled_dot_product_attention(q, k, v)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     error = float((output - expected).abs().sum() / expected.abs().sum())
     if not error < MAX_RELATIVE_L1:
         raise SystemExit(f"{tokens} tokens: relative L1 {error:.4f} is not below {MAX_RELATIVE_L1}; not timed.")
     pairs = [
         (
-            seconds(lambda: F.scaled_dot_product_attention(q, k, v)),
+            seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)),
             seconds(lambda: torch.ops.sparge.attention.default(q, k, v, **options)),
         )
         for _ in range(repeats)
@@ -65,6 +64,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", choices=["int8", "none"], default="int8")
+    parser.add_argument("--causal", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -74,7 +74,7 @@ def main() -> None:
     )
     with torch.no_grad():
         for tokens in args.lengths:
-            print(compare(tokens, args.heads, args.head_dim, args.repeats, args.precision), flush=True)
+            print(compare(tokens, args.heads, args.head_dim, args.repeats, args.precision, args.causal), flush=True)
 
 
 if __name__ == "__main__":

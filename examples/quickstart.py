@@ -1,9 +1,10 @@
 """The main job on a learned workload: compile with the sparge backend, look at what it did, compare with dense.
 
-    python examples/quickstart.py [--tokens 16384] [--sequences 6]
+    python examples/quickstart.py [--tokens 16384] [--sequences 6] [--spread 1]
 
 A small trained transformer (examples/recall) reads a stream in which keys and values are planted and is then asked for
-the values. A dropped tile that mattered shows as a wrong answer.
+the values. A dropped tile that mattered shows as a wrong answer. With `--spread 16` the questions stand alone among
+distractors instead of in a row: the hard case for a method that looks at the mean of 128 queries.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def main() -> None:
     tokens = arguments.tokens or (65536 if device.type == "cuda" else 16384)
     model = load_pretrained().to(device)
     generator = torch.Generator().manual_seed(1)
-    batches = [make_batch(1, tokens, QUESTIONS, QUESTIONS, generator) for _ in range(arguments.sequences)]
+    sizes = {"pairs": QUESTIONS, "queries": QUESTIONS, "spread": arguments.spread}
+    batches = [make_batch(1, tokens, generator=generator, **sizes) for _ in range(arguments.sequences)]
 
     compiled = torch.compile(model, backend="sparge")
     first = batches[0]
@@ -59,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, help="length of each sequence (16384; 65536 on a GPU)")
     parser.add_argument("--sequences", type=int, default=6, help="how many sequences")
+    parser.add_argument("--spread", type=int, default=1, help="tokens from one question to the next, on average")
     return parser.parse_args()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ class AttentionSite:
 
     Attributes:
         node: the node whose output is the attention output.
-        pattern: `sdpa`, `mha` or `softmax`.
+        pattern: `sdpa`, `mha`, `softmax`, or `opaque` for another library's kernel.
         name: module name, `:1`, `:2` appended where one module has several.
         source: `file:line` of the call in user code, or an empty string.
         query, key, value: [batch, heads, tokens, head_dim] nodes; None where the pattern does not expose them.
@@ -79,7 +79,6 @@ class Decision:
     claim: Claim
     thresholds: tuple[Thresholds, ...]
     min_tokens: int = 0
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 class StrictPolicyError(RuntimeError):
