@@ -19,10 +19,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
-from workloads import smooth_field  # noqa: E402
+from workloads import smooth_field
 
-from sparge_kernels import ops  # noqa: E402, F401 - registers the operator
-from sparge_kernels.thresholds import Thresholds, pack  # noqa: E402
+from sparge_kernels import ops  # noqa: F401 - registers the operator
+from sparge_kernels.thresholds import Thresholds, pack
 
 MAX_RELATIVE_L1 = 0.05
 
