@@ -32,7 +32,6 @@ _ON_SCORES = {
     "expand", "getitem", "clamp", "maximum", "tanh", "tril", "triu", "nan_to_num", "cat", "unsqueeze", "squeeze",
 }  # fmt: skip
 _REACH = 12
-_VIEWS = {"t", "transpose", "permute", "getattr", "view", "reshape", "to", "unsqueeze", "expand", "contiguous", "float"}
 
 
 _HAND_WRITTEN = (
@@ -49,27 +48,28 @@ def is_softmax(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "softmax"
 
 
-def is_product(node: fx.Node) -> bool:
-    """Is this node a matrix product of two activations, in function, method or operator form?"""
+def is_product(node: fx.Node, weights: set[int | None]) -> bool:
+    """Is this node a matrix product of two activations, in function, method or operator form?
+
+    `weights` is the memory of the parameters: a product with a view of one is a projection (a router, a classifier).
+    """
     if node.op == "call_function":
         product = node.target in _PRODUCTS
     else:
         product = node.op == "call_method" and node.target in _PRODUCT_METHODS
-    return product and not any(_is_weight(operand) for operand in node.all_input_nodes)
+    return product and not any(dynamo.storage(operand) in weights for operand in node.all_input_nodes)
 
 
-def _is_weight(node: fx.Node) -> bool:
-    """A parameter, or a view of one: a product with it is a projection (a router, a classifier)."""
-    while op_name(node) in _VIEWS and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return isinstance(dynamo.example(node), torch.nn.Parameter)
+def _weights(graph: fx.Graph) -> set[int | None]:
+    return {dynamo.storage(n) for n in graph.nodes if isinstance(dynamo.example(n), torch.nn.Parameter)}
 
 
 def match(gm: fx.GraphModule) -> list[AttentionSite]:
     """Every hand-written attention and every other library's attention call, with the reason it stays as it is."""
     sites = []
+    weights = _weights(gm.graph)
     for node in gm.graph.nodes:
-        if is_softmax(node) and _reaches(node, forward=False) and _reaches(node, forward=True):
+        if is_softmax(node) and all(_reaches(node, weights, forward=forward) for forward in (False, True)):
             reason = _HAND_WRITTEN if _is_over_last_dim(node) else _NOT_OVER_KEYS
             sites.append(AttentionSite(node, "softmax", unmatched=reason))
         elif node.op == "call_function" and _OTHER_KERNELS.search(_target_name(node)):
@@ -92,7 +92,7 @@ def _is_over_last_dim(softmax: fx.Node) -> bool:
     return dim in (-1, dynamo.example(softmax).dim() - 1)
 
 
-def _reaches(softmax: fx.Node, *, forward: bool) -> bool:
+def _reaches(softmax: fx.Node, weights: set[int | None], *, forward: bool) -> bool:
     """Is there a matrix product within reach, along nodes whose output is still a map of scores?"""
     example = dynamo.example(softmax)
     if not isinstance(example, torch.Tensor) or example.dim() < 2:
@@ -100,7 +100,7 @@ def _reaches(softmax: fx.Node, *, forward: bool) -> bool:
     frontier, seen = [softmax], {softmax}
     for _ in range(_REACH):
         neighbours = [n for node in frontier for n in (node.users if forward else node.all_input_nodes)]
-        if any(is_product(n) for n in neighbours):
+        if any(is_product(n, weights) for n in neighbours):
             return True
         frontier = [n for n in neighbours if n not in seen and op_name(n) in _ON_SCORES]
         seen.update(frontier)

@@ -70,11 +70,19 @@ def test_a_changed_policy_is_not_served_stale(runs):
 
 
 def test_importing_the_package_brings_neither_triton_nor_inductor():
-    program = "import sys, torch; before = set(sys.modules); import sparge_compile\n"
+    # torch's own compiler imports Triton where it is installed, so it is imported before the count.
+    program = "import sys, torch, torch._dynamo.symbolic_convert; before = set(sys.modules); import sparge_compile\n"
     program += "new = {n.split('.')[0] for n in set(sys.modules) - before}\n"
     program += "print(sorted(n for n in ('triton', 'transformers', 'diffusers', 'kernels') if n in new), "
     program += "'torch._inductor.compile_fx' in set(sys.modules) - before)"
     assert in_a_fresh_process(program) == "[] False"
+
+
+def test_importing_the_kernels_brings_neither_triton_nor_the_compiler():
+    program = "import sys, torch; before = set(sys.modules); import sparge_kernels.ops\n"
+    program += "new = {n.split('.')[0] for n in set(sys.modules) - before}\n"
+    program += "print(sorted(new & {'triton', 'sparge_compile'}))"
+    assert in_a_fresh_process(program) == "[]"
 
 
 def test_models_compiled_otherwise_or_not_at_all_are_the_same_before_during_and_after():
