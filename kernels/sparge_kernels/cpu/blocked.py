@@ -10,6 +10,7 @@ Departures from the text of reference.py, none from its numbers beyond fp32 roun
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,20 @@ class _Keys:
     any_exact: bool
     all_finite: bool
     length: int
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One query head, ready for its query tiles."""
+
+    codes: Tensor  # [Sq, D], dequantized, times the scale
+    raw: Tensor  # [Sq, D], times the scale
+    exact: Tensor  # bool [Sq], rows INT8 cannot hold
+    keys: _Keys
+    kept: Tensor  # bool [nQ, nK]
+    is_causal: bool
+    skip_below: float
+    out: Tensor  # [Sq, Dv]
 
 
 @dataclass(frozen=True)
@@ -81,33 +96,33 @@ def attention(
     One threshold entry per query head; any strides; no empty tensors. Query head h reads kv head
     h // (Hq // Hkv). Returns density and pv_skipped, fp32 [B, Hq].
     """
-    batch, heads = q.shape[:2]
-    group = heads // k.shape[1]
-    density, pv_skipped = torch.empty(batch, heads), torch.empty(batch, heads)
-    for b in range(batch):
-        for kv_head in range(k.shape[1]):
-            k_head, v_head = _fp32(k[b, kv_head]), _fp32(v[b, kv_head])
-            keys = _prepare_keys(k_head, v_head, precision)
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                q_head = _fp32(q[b, head])
-                kept = select_tiles(
-                    q_head[None, None],
-                    k_head[None, None],
-                    v_head[None, None],
-                    thresholds=[thresholds[head]],
-                    is_causal=is_causal,
-                    scale=scale,
-                )[0, 0]
-                skip_below = thresholds[head].skip_below(keys.length)
-                visible, skipped = _head(q_head, keys, kept, is_causal, scale, precision, skip_below, out[b, head])
-                computed = int(kept.sum())
-                density[b, head] = computed / visible
-                pv_skipped[b, head] = skipped / computed
+    group = q.shape[1] // k.shape[1]
+    density, pv_skipped = torch.empty(q.shape[:2]), torch.empty(q.shape[:2])
+    kv_heads = [(b, h) for b in range(k.shape[0]) for h in range(k.shape[1])]
+    together = torch.get_num_threads()  # fp32 copies of this many heads of K and V exist at a time
+    for start in range(0, len(kv_heads), together):
+        some = kv_heads[start : start + together]
+        keys = threads.run([partial(_prepare_keys, k[at], v[at], precision) for at in some])
+        q_heads = [(b, h * group + i, own) for (b, h), own in zip(some, keys, strict=True) for i in range(group)]
+        heads = threads.run(
+            [
+                partial(_prepare_head, q[b, h], own, thresholds[h], is_causal, scale, precision, out[b, h])
+                for b, h, own in q_heads
+            ]
+        )
+        jobs = [partial(_query_tile, head, i) for head in heads for i in reversed(range(len(head.kept)))]
+        counts = iter(threads.run(jobs))
+        for (b, h, _), head in zip(q_heads, heads, strict=True):
+            visible, skipped = (sum(n) for n in zip(*itertools.islice(counts, len(head.kept)), strict=True))
+            computed = int(head.kept.sum())
+            density[b, h] = computed / visible
+            pv_skipped[b, h] = skipped / computed
     return density, pv_skipped
 
 
 def _prepare_keys(k: Tensor, v: Tensor, precision: str) -> _Keys:
     """Tiles of one head from k [Sk, D] and v [Sk, Dv]."""
+    k, v = k.float(), v.float()
     raw, raw_values = split_tiles(k, K_TILE), split_tiles(v, K_TILE)
     finite_values = finite_tiles(v, K_TILE)
     all_finite = bool(finite_values.all())
@@ -119,41 +134,36 @@ def _prepare_keys(k: Tensor, v: Tensor, precision: str) -> _Keys:
     return _Keys(codes, means, raw, values, raw_values, exact, finite_values, bool(exact.any()), all_finite, len(k))
 
 
-def _head(
-    q: Tensor,
-    keys: _Keys,
-    kept: Tensor,
-    is_causal: bool,
-    scale: float,
-    precision: str,
-    skip_below: float,
-    out: Tensor,
-) -> tuple[int, int]:
-    """One query head: q [Sq, D] and kept [nQ, nK] to out [Sq, Dv]; counts visible and skipped tiles."""
-    raw = q * scale
-    codes, exact = raw, torch.zeros(len(q), dtype=torch.bool)
+def _prepare_head(
+    q: Tensor, keys: _Keys, thresholds: Thresholds, is_causal: bool, scale: float, precision: str, out: Tensor
+) -> _Head:
+    """Stage 1 and quantization of one query head, q [Sq, D] to out [Sq, Dv]."""
+    q = q.float()
+    k, v = (x.flatten(0, 1)[None, None, : keys.length] for x in (keys.raw, keys.raw_values))
+    kept = select_tiles(q[None, None], k, v, thresholds=[thresholds], is_causal=is_causal, scale=scale)[0, 0]
+    codes = raw = q * scale
+    exact = torch.zeros(len(q), dtype=torch.bool)
     if precision == "int8":
         rows = quantize_rows(q)
         codes, exact = rows.codes * (rows.scale * scale)[:, None], rows.exact
+    return _Head(codes, raw, exact, keys, kept, is_causal, thresholds.skip_below(keys.length), out)
 
-    def query_tile(i: int) -> tuple[int, int]:
-        rows_of_tile = slice(i * Q_TILE, min((i + 1) * Q_TILE, len(q)))
-        exact_rows = exact[rows_of_tile]
-        queries = _Queries(codes[rows_of_tile], raw[rows_of_tile], exact_rows if exact_rows.any() else None)
-        past, end = _causal_split(rows_of_tile, keys.length) if is_causal else (len(keys.raw),) * 2
-        tiles = kept[i, :past].nonzero().flatten()
-        state = _Softmax(len(queries.raw), out.shape[-1], q.device)
-        for start in range(0, len(tiles), CHUNK_TILES):
-            _past_chunk(queries, keys, tiles[start : start + CHUNK_TILES], state, skip_below)
-        if end > past:
-            _diagonal_chunk(queries, keys, range(past, end), i * Q_TILE, state)
-        out[rows_of_tile] = state.output()
-        return end, state.skipped
 
-    # Longest rows first, so that threads finish together; causal rows grow with i.
-    order = reversed(range(len(kept)))
-    counts = threads.run([partial(query_tile, i) for i in order])
-    return sum(visible for visible, _ in counts), sum(skipped for _, skipped in counts)
+def _query_tile(head: _Head, i: int) -> tuple[int, int]:
+    """Writes one query tile of the output; counts the K tiles it sees and those whose P V it skipped."""
+    keys = head.keys
+    rows = slice(i * Q_TILE, min((i + 1) * Q_TILE, len(head.raw)))
+    exact = head.exact[rows]
+    queries = _Queries(head.codes[rows], head.raw[rows], exact if exact.any() else None)
+    past, end = _causal_split(rows, keys.length) if head.is_causal else (len(keys.raw),) * 2
+    tiles = head.kept[i, :past].nonzero().flatten()
+    state = _Softmax(len(queries.raw), head.out.shape[-1], queries.raw.device)
+    for start in range(0, len(tiles), CHUNK_TILES):
+        _past_chunk(queries, keys, tiles[start : start + CHUNK_TILES], state, head.skip_below)
+    if end > past:
+        _diagonal_chunk(queries, keys, range(past, end), rows.start, state)
+    head.out[rows] = state.output()
+    return end, state.skipped
 
 
 def _causal_split(rows: slice, k_len: int) -> tuple[int, int]:
