@@ -45,7 +45,7 @@ def sparge(
     base, inductor_options = split_options(options)
     LAST.add(dynamo.compile_owner(), transform(gm, base))
     if context.in_force(base).enabled:
-        inductor_options |= softmax.inductor_options(softmax.match(gm))
+        inductor_options = {**softmax.inductor_options(softmax.match(gm)), **inductor_options}
     return dynamo.compile_with_inductor(gm, example_inputs, mode, inductor_options)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
+from sparge_compile.graph import reshaped_in_place
 from sparge_compile.masks import mask_meaning
 from sparge_compile.policy import Policy
 from sparge_compile.repeated_heads import unrepeat
@@ -44,6 +45,8 @@ def _claim(site: AttentionSite, policy: Policy, written: set[fx.Node]) -> Claim:
     _check_requested(site, policy)
     if site.unmatched is not None or site.query is None or site.key is None or site.value is None:
         raise _Refused(site.unmatched or "the call's query, key and value could not be read")
+    if any(reshaped_in_place(node) for node in (site.node, site.query, site.key, site.value)):
+        raise _Refused("a tensor of the call changes its shape or strides in place (transpose_, squeeze_, ...)")
     output = _fake(site.node)
     query, key, value = (_fake(node) for node in (site.query, site.key, site.value))
     _check_tensors(output, query, key, value)

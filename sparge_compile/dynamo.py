@@ -1,4 +1,4 @@
-"""All that touches private names of torch, and nothing else. Each function has a canary in tests/test_dynamo.py.
+"""All that touches private names of torch, and nothing else; tests/compiler/test_dynamo.py has a canary for each.
 
 What the rest of the compiler needs from TorchDynamo: install the policy guard, ask and guard facts about symbolic
 sizes, know which `torch.compile` is compiling, hear when a compile starts and ends, and hand over to Inductor.
@@ -7,6 +7,7 @@ sizes, know which `torch.compile` is compiling, hear when a compile starts and e
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -138,14 +139,23 @@ def recompile_limit() -> int:
     return torch._dynamo.config.recompile_limit
 
 
+ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # since torch 2.12 or 2.13
+
+
 @contextlib.contextmanager
-def more_recompiles(extra: int) -> Iterator[None]:
-    """Room for `extra` more compiled variants of each code object inside the context."""
-    with torch._dynamo.config.patch(
-        recompile_limit=torch._dynamo.config.recompile_limit + extra,
-        accumulated_recompile_limit=torch._dynamo.config.accumulated_recompile_limit + extra,
-    ):
-        yield
+def aside(function: Callable[..., Any], backend: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """`function` compiled with `backend`, without using up the variants that torch allows other compiles of it.
+
+    Torch 2.11 cannot keep compiles apart: there the limit is raised inside the context, and what was compiled counts.
+    """
+    if ISOLATES:
+        isolated: dict[str, Any] = {"isolate_recompiles": True}
+        yield torch.compile(function, backend=backend, **isolated)
+        return
+    config = torch._dynamo.config
+    limits = {name: getattr(config, name) + 64 for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with config.patch(**limits):
+        yield torch.compile(function, backend=backend)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """`explain`: run a model once and report every attention call.
 
-The model is traced as `torch.compile(model, backend="sparge")` would trace it and run on the rewritten graphs, without
-Inductor: what is reported is what the compile does, sooner. A graph reports its sites when it runs, so graphs that an
-earlier `explain` compiled report again. Calls that ran eagerly, outside every compiled graph, are seen by a profiling
-hook that watches Python call the attention function.
+The model is traced as `torch.compile(model, backend="sparge")` would trace it (with the default `dynamic`) and run on
+the rewritten graphs, without Inductor: what is reported is what the compile does, sooner. A graph reports its sites
+when it runs, so graphs that are shared or were compiled before report too. Calls that ran eagerly, outside every
+compiled graph, are seen by a profiling hook that watches Python call the attention function.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from sparge_kernels import ops
 
 _OUTSIDE = "the call ran outside every compiled graph, after a graph break; torch._dynamo.explain shows the break"
 _NOT_WATCHED = "Calls outside compiled graphs are not listed: another profiler is active in this thread."
-_RECOMPILES = 64  # room for explain's own variants, so that it does not meet torch's limit
 
 
 def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None, **kwargs: Any) -> Report:
     """Runs `model(*args, **kwargs)` once, without gradients, and reports every attention call.
 
     Args:
-        model: a module or function; compiled or not, it is left as it is.
+        model: a module or function; compiled or not, it is left as it is. (On torch 2.11 each policy explained counts
+            towards torch's limit of compiled variants; later versions keep explain's apart.)
         *args, **kwargs: what to call it with. The run has the side effects a call has (a cache is filled).
         policy: the policy to explain. None: the one in force here, on top of the `options` of a compiled model.
 
@@ -53,15 +53,15 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
     try:
         with (
             torch.no_grad(),
-            dynamo.more_recompiles(_RECOMPILES),
             dynamo.not_compiled_in_place(target),
             dynamo.unwrapped_backend_errors(),
             warnings.catch_warnings(),
             context.rewriting(chosen),
+            dynamo.aside(target, _report_when_run) as compiled,
             collector.watching_eager_calls(),
         ):
             warnings.simplefilter("ignore", UserWarning)
-            torch.compile(target, backend=_report_when_run)(*args, **kwargs)
+            compiled(*args, **kwargs)
     finally:
         _COLLECTOR.reset(token)
     return Report(tuple(collector.sites.values()), collector.notes)

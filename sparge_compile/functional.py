@@ -93,6 +93,8 @@ def attention(
         ValueError, TypeError: a policy field that does not exist or is out of range.
     """
     q, k, v = (_autocast(x) for x in (q, k, v))
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r}: must be a sparge_compile.Policy; fields can be given as keywords instead.")
     chosen = Policy() if policy is None else policy
     if fields:
         chosen = replace(chosen, fields)

@@ -10,20 +10,30 @@ from torch import fx
 
 from sparge_compile import dynamo
 
+# Modules whose functions name a write: by a trailing underscore, an `out` or an `inplace` argument.
+_TORCH_MODULES = ("torch", "_operator", "math", "builtins")
+
 
 def op_name(node: fx.Node) -> str:
-    """`add` for torch.add, operator.add, Tensor.add and aten.add.Tensor alike; empty for what is not a call."""
+    """`add` for torch.add, operator.add, Tensor.add and aten.add.Tensor alike; empty for what is no call of torch's.
+
+    A user's operator or function may carry any name, so only torch's and Python's own are called by theirs.
+    """
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
         return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.overloadpacket.__name__
-    return getattr(node.target, "__name__", "")
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        packet = getattr(node.target, "overloadpacket", node.target)
+        return packet.__name__ if str(packet).startswith(("aten.", "prims.")) else ""
+    return getattr(node.target, "__name__", "") if _is_of_torch(node.target) else ""
 
 
-# Modules whose functions name a write: by a trailing underscore, an `out` or an `inplace` argument.
-_TORCH_MODULES = ("torch", "_operator", "math", "builtins")
+def _is_of_torch(function: object) -> bool:
+    module = getattr(function, "__module__", None) or "torch"  # torch's C functions name no module
+    return module.split(".")[0] in _TORCH_MODULES
+
+
 _IN_PLACE_OPERATORS = {f"i{name.strip('_')}" for name in dir(operator) if hasattr(operator, f"__i{name.strip('_')}__")}
 _IN_PLACE_NAMES = _IN_PLACE_OPERATORS | {f"__{name}__" for name in _IN_PLACE_OPERATORS}
 _IN_PLACE_NAMES |= {"setitem", "delitem", "__setitem__", "__delitem__"}
@@ -32,19 +42,18 @@ _NOT_IN_PLACE = ("and_", "or_", "not_", "is_")
 
 def may_write(node: fx.Node) -> bool:
     """May this call change one of its arguments? A call that is not known to leave them alone may."""
-    name = op_name(node)
     if node.op not in ("call_function", "call_method"):
         return node.op == "call_module"
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         return any(getattr(node.target, overload)._schema.is_mutable for overload in node.target.overloads())
+    name = op_name(node)
     if name in _IN_PLACE_NAMES or (name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE):
         return True
     if node.op == "call_method":
         return False
-    module = getattr(node.target, "__module__", None) or "torch"  # torch's C functions name no module
-    if module.split(".")[0] not in _TORCH_MODULES or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not _is_of_torch(node.target) or isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     return "out" in node.kwargs or _asks_in_place(node)
 
@@ -70,6 +79,16 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
     written = {dynamo.storage(argument) for node in graph.nodes if may_write(node) for argument in node.all_input_nodes}
     written.discard(None)
     return {node for node in graph.nodes if dynamo.storage(node) in written}
+
+
+# Methods that change a tensor's shape or strides in place: what was recorded for it no longer is what the call saw.
+_RESHAPES_IN_PLACE = {"transpose_", "t_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "set_"}
+_RESHAPES_IN_PLACE |= {"resize_", "resize_as_"}
+
+
+def reshaped_in_place(node: fx.Node) -> bool:
+    """Does a later call change this tensor's shape or strides in place?"""
+    return any(op_name(user) in _RESHAPES_IN_PLACE for user in node.users)
 
 
 # Nodes between which attention does not have its plain meaning: a kernel the user chose, or a functorch transform.

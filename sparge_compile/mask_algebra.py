@@ -1,16 +1,12 @@
-"""Abstract values of mask sub-graphs and the tensor operations on them.
+"""The tensor operations that masks are built from, on the abstract values of mask_values.py.
 
-`Affine` is an integer tensor whose element at coordinates x is offset + sum(coefficient_d * x_d). `Open` is a mask:
-open where all its bounds (`Affine <= 0`) hold, closed elsewhere; boolean, or additive with 0 and minus infinity.
 Every operation takes the fake tensor of its result first and returns an abstract value or raises `Unproven`.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,43 +14,9 @@ import torch
 
 from sparge_compile import dynamo
 from sparge_compile.dynamo import Size
+from sparge_compile.mask_values import Affine, Closed, Open, Unproven, closes, each_affine
 
 Shape = Sequence[Size]
-
-
-class Unproven(Exception):
-    """The meaning of a mask could not be proven; the message says what stood in the way."""
-
-
-@dataclass(frozen=True)
-class Affine:
-    """offset + sum(coefficients[d] * coordinate[d]); a dimension of size 1 always has coefficient 0."""
-
-    coefficients: tuple[int, ...]
-    offset: Any = 0
-
-    def plus(self, other: Affine, sign: int = 1) -> Affine:
-        """self + sign * other, right-aligned as broadcasting does."""
-        rank = max(len(self.coefficients), len(other.coefficients))
-        mine, theirs = self.aligned(rank).coefficients, other.aligned(rank).coefficients
-        summed = tuple(a + sign * b for a, b in zip(mine, theirs, strict=True))
-        return Affine(summed, self.offset + sign * other.offset)
-
-    def aligned(self, rank: int) -> Affine:
-        return Affine((0,) * (rank - len(self.coefficients)) + self.coefficients, self.offset)
-
-
-@dataclass(frozen=True)
-class Open:
-    """A mask that is open where every bound is <= 0. No bounds: open everywhere."""
-
-    bounds: tuple[Affine, ...] = ()
-    additive: bool = False
-
-
-@dataclass(frozen=True)
-class Closed:
-    """A float tensor that is minus infinity everywhere."""
 
 
 def _number(value: Any) -> Affine | None:
@@ -70,23 +32,8 @@ def _affine(value: Any) -> Affine:
     return found
 
 
-def _is_minus_infinity(value: Any) -> bool:
-    """Minus infinity, or the lowest number of a float type, which libraries write for it."""
-    lowest = (torch.finfo(t).min for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64))
-    return isinstance(value, (int, float)) and (value == -math.inf or value in tuple(lowest))
-
-
-def _each(value: Any, change: Callable[[Affine], Affine]) -> Any:
-    """Applies a change of coordinates to an abstract value."""
-    if isinstance(value, Affine):
-        return change(value)
-    if isinstance(value, Open):
-        return replace(value, bounds=tuple(change(b) for b in value.bounds))
-    return value
-
-
 def _arange(result: torch.Tensor, *args: Any, start: Any = 0, end: Any = None, step: Any = 1, **_: Any) -> Affine:
-    if len(args) >= 2:
+    if len(args) >= 2 or (args and end is not None):
         start, step = args[0], (args[2] if len(args) > 2 else step)
     first, stride = _number(start), _number(step)
     if first is None or stride is None or not isinstance(stride.offset, int) or result.dtype.is_floating_point:
@@ -100,7 +47,7 @@ def _is_zero(value: Any) -> bool:
 
 def _add(result: torch.Tensor, left: Any, right: Any) -> Affine | Open:
     if isinstance(left, Open) and isinstance(right, Open) and left.additive and right.additive:
-        return Open(left.bounds + right.bounds, additive=True)
+        return Open(left.bounds + right.bounds, additive=True, closing=max(left.closing, right.closing))
     return _affine(left).plus(_affine(right))
 
 
@@ -137,8 +84,8 @@ def _fill(result: torch.Tensor, value: Any) -> Open | Closed:
         return Open()
     if result.dtype.is_floating_point and _is_zero(value):
         return Open(additive=True)
-    if result.dtype.is_floating_point and _is_minus_infinity(value):
-        return Closed()
+    if result.dtype.is_floating_point and closes(value, result.dtype):
+        return Closed(value)
     raise Unproven("the mask is filled with a value that is neither open nor closed")
 
 
@@ -161,7 +108,7 @@ def _triangle(result: torch.Tensor, value: Any, diagonal: Any = 0, *, lower: boo
     shape = (0,) * (result.dim() - 2)
     kept = Affine((*shape, -sign, sign), -sign * diagonal)  # tril: j - i - d <= 0, triu: i - j + d <= 0
     if isinstance(value, Closed):  # open where the closed triangle was cut away
-        return Open((Affine((), 1).plus(kept, -1),), additive=True)
+        return Open((Affine((), 1).plus(kept, -1),), additive=True, closing=value.closing)
     if isinstance(value, Open) and not value.additive:
         return Open((*value.bounds, kept))
     raise Unproven("a triangle is cut out of something that is not a mask")
@@ -170,26 +117,28 @@ def _triangle(result: torch.Tensor, value: Any, diagonal: Any = 0, *, lower: boo
 def _masked_fill(result: torch.Tensor, value: Any, where: Any, fill: Any) -> Open:
     if not isinstance(value, Open) or not isinstance(where, Open):
         raise Unproven("the mask fills something that is not a mask")
-    closing = fill is False if not value.additive else _is_minus_infinity(fill)
-    if not closing:
+    if not (closes(fill, result.dtype) if value.additive else fill is False):
         raise Unproven("the mask is filled with a value that does not close it")
-    return Open(value.bounds + _not(result, where).bounds, additive=value.additive)
+    bounds = value.bounds + _not(result, where).bounds
+    return Open(bounds, True, max(value.closing, fill)) if value.additive else Open(bounds)
 
 
 def _all_open(value: Any) -> bool:
-    return _is_zero(value) or value == Open(additive=True)
+    return _is_zero(value) or (isinstance(value, Open) and value.additive and not value.bounds)
 
 
-def _all_closed(value: Any) -> bool:
-    return isinstance(value, Closed) or _is_minus_infinity(value)
+def _closing(value: Any, dtype: torch.dtype) -> float | None:
+    """The number that closes, if `value` closes everywhere."""
+    number = value.closing if isinstance(value, Closed) else value
+    return float(number) if closes(number, dtype) else None
 
 
 def _where(result: torch.Tensor, condition: Any, yes: Any, no: Any) -> Open:
     if isinstance(condition, Open) and not condition.additive and result.dtype.is_floating_point:
-        if _all_open(yes) and _all_closed(no):
-            return Open(condition.bounds, additive=True)
-        if _all_closed(yes) and _all_open(no):
-            return Open(_not(result, condition).bounds, additive=True)
+        if _all_open(yes) and (closing := _closing(no, result.dtype)) is not None:
+            return Open(condition.bounds, True, closing)
+        if _all_open(no) and (closing := _closing(yes, result.dtype)) is not None:
+            return Open(_not(result, condition).bounds, True, closing)
     raise Unproven("the mask chooses between values that are not open and closed")
 
 
@@ -203,13 +152,15 @@ def _convert(result: torch.Tensor, value: Any, *_: Any, **__: Any) -> Any:
         return value
     if isinstance(value, (Open, Closed)):
         boolean = isinstance(value, Open) and not value.additive
-        if boolean == (result.dtype == torch.bool) and boolean != result.dtype.is_floating_point:
+        if boolean and result.dtype == torch.bool:
+            return value
+        if not boolean and result.dtype.is_floating_point and closes(value.closing, result.dtype):
             return value
     raise Unproven("the mask changes its type")
 
 
 def _broadcast(result: torch.Tensor, value: Any, *_: Any, **__: Any) -> Any:
-    return _each(value, lambda a: a.aligned(result.dim()))
+    return each_affine(value, lambda a: a.aligned(result.dim()))
 
 
 def _unsqueeze(result: torch.Tensor, value: Any, dim: int) -> Any:
@@ -219,12 +170,12 @@ def _unsqueeze(result: torch.Tensor, value: Any, dim: int) -> Any:
         c = a.aligned(result.dim() - 1).coefficients
         return Affine((*c[:place], 0, *c[place:]), a.offset)
 
-    return _each(value, insert)
+    return each_affine(value, insert)
 
 
 def _getitem(result: torch.Tensor, value: Any, index: Any) -> Any:
     items = index if isinstance(index, tuple) else (index,)
-    return _each(value, lambda a: _index(a, items, result.dim()))
+    return each_affine(value, lambda a: _index(a, items, result.dim()))
 
 
 def _index(a: Affine, items: tuple[Any, ...], rank: int) -> Affine:
@@ -337,7 +288,7 @@ def evaluate(name: str, result: torch.Tensor, args: tuple[Any, ...], kwargs: dic
     value = operation(result, *args, **kwargs)
     if isinstance(value, Affine) and result.dtype != torch.int64:
         raise Unproven(f"the mask counts in {result.dtype}, which may wrap around")
-    return _each(value, lambda a: _normalized(a, result.shape))
+    return each_affine(value, lambda a: _normalized(a, result.shape))
 
 
 def _normalized(a: Affine, shape: Shape) -> Affine:

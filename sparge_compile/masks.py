@@ -18,7 +18,8 @@ from torch import fx
 from sparge_compile import dynamo
 from sparge_compile.dynamo import Size
 from sparge_compile.graph import op_name
-from sparge_compile.mask_algebra import Affine, Open, Unproven, evaluate
+from sparge_compile.mask_algebra import evaluate
+from sparge_compile.mask_values import Affine, Open, Unproven
 
 
 @dataclass(frozen=True)

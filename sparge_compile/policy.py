@@ -158,7 +158,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Policy, dict[str, 
     changes: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for key, value in (options or {}).items():
-        if not key.startswith(OPTION_PREFIX):
+        if not str(key).startswith(OPTION_PREFIX):
             rest[key] = value
             continue
         name = key.removeprefix(OPTION_PREFIX)

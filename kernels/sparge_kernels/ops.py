@@ -94,7 +94,7 @@ def _run(
     with torch.autocast(query.device.type, enabled=False):
         if runs_dense:
             _dense(query, key, value, is_causal, scale, enable_gqa, out)
-            density = torch.ones(query.shape[:2], device=query.device)
+            density = torch.ones(query.shape[:2], dtype=torch.float32, device=query.device)
             pv_skipped = torch.zeros_like(density)
         else:
             from sparge_kernels.cpu import blocked

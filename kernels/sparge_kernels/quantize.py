@@ -1,7 +1,8 @@
 """INT8 Q and K (SageAttention, arXiv 2410.02367; here one scale per query row and per K tile).
 
 Codes are round-half-even(x / scale) with scale = max|x| / 127. What INT8 cannot hold (inf, NaN, a scale
-below the normal range) is flagged `exact`: its codes are zero and the scores come from the plain product.
+below the normal range, a tile with an outlier key) is flagged `exact`: its codes are zero and the scores come from the
+plain product.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sparge_kernels.thresholds import K_TILE
 from sparge_kernels.tiles import split_tiles, tile_lengths
 
 LARGEST_CODE = 127
+OUTLIER_RATIO = 5.0  # of a tile's largest magnitude to the mean over its rows; Gaussian rows give less than 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,13 @@ def quantize_tiles(k: Tensor) -> QuantizedTiles:
     mean = tile_means(k, K_TILE)
     real = torch.arange(K_TILE, device=k.device) < tile_lengths(k.shape[-2], K_TILE, k.device)[:, None]
     centred = torch.where(real[..., None], split_tiles(k, K_TILE) - mean[..., None, :], 0)
-    scale, exact = _scale(centred.abs().amax((-2, -1)))
+    row_largest = centred.abs().amax(-1)  # [..., n, tile]
+    largest = row_largest.amax(-1)
+    scale, exact = _scale(largest)
+    # One key far beyond the rest of its tile would leave them a few codes each (measured: relative L1 .2 to 1.3).
+    typical = row_largest.sum(-1) / tile_lengths(k.shape[-2], K_TILE, k.device)
+    exact = exact | (largest > OUTLIER_RATIO * typical)
+    scale = scale.masked_fill(exact, 0)
     codes = _codes(centred, scale[..., None, None], exact[..., None, None])
     return QuantizedTiles(codes, scale, mean, exact)
 

@@ -8,11 +8,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from light import EXACT, EXACT_FIELDS, EXACT_OPTIONS, Attention, Stack, run
+from light import EXACT, EXACT_FIELDS, EXACT_OPTIONS, Attention, LightBackend, Stack, run
 from torch import nn
 
 import sparge_compile as sparge
-from sparge_compile import Policy, StrictPolicyError
+from sparge_compile import Policy, StrictPolicyError, dynamo
 
 X = torch.randn(1, 6, 16)
 
@@ -257,3 +257,14 @@ def test_explain_does_not_replace_the_last_report(monkeypatch):
     before = sparge.last_report()
     sparge.explain(Attention().eval(), X)
     assert sparge.last_report() == before
+
+
+@pytest.mark.skipif(not dynamo.ISOLATES, reason="torch 2.11 cannot keep compiles apart; explain's docstring says so")
+def test_explaining_many_policies_leaves_room_to_compile():
+    model = Attention().eval()
+    for step in range(1, 11):
+        sparge.explain(model, X, policy=Policy(min_tokens=0, topk=step / 10))
+    backend = LightBackend()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(X)
+    assert backend.rewritten == [True]

@@ -186,6 +186,27 @@ def narrow_counter(s, t):
     )
 
 
+@torch.library.custom_op("sparge_tests::tril", mutates_args=())
+def not_tril(x: torch.Tensor) -> torch.Tensor:
+    return x.tril(5)
+
+
+@not_tril.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_conditions_combined_many_times_are_read_quickly_or_not_at_all():
+    def function(q, k):
+        mask = causal(q.shape[2], k.shape[2])
+        for _ in range(64):
+            mask = mask & mask
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask), mask
+
+    _, (kind,) = meanings(function, sized(6, 6))
+    assert kind == "causal"
+
+
 MEANINGS = {
     "causal": (causal, "causal"),
     "causal-flipped": (lambda s, t: torch.arange(s)[:, None] >= torch.arange(t), "causal"),
@@ -199,6 +220,10 @@ MEANINGS = {
     "two-causal": (lambda s, t: causal(s, t) & torch.ones(s, t, dtype=torch.bool).tril(0), "causal"),
     "wide-window": (lambda s, t: causal(s, t) & (torch.arange(s)[:, None] - torch.arange(t) < 100), "causal"),
     "window": (lambda s, t: causal(s, t) & (torch.arange(s)[:, None] - torch.arange(t) < 3), "window"),
+    "arange-with-end-by-name": (lambda s, t: torch.arange(2, end=s + 2)[:, None] >= torch.arange(t), "data"),
+    "lowest-of-a-narrower-type": (lambda s, t: torch.where(causal(s, t), 0.0, -65504.0), "data"),
+    "lowest-then-widened": (lambda s, t: torch.full((s, t), -65504.0, dtype=torch.half).triu(1).float(), "data"),
+    "an-operator-of-somebody-elses": (lambda s, t: torch.ops.sparge_tests.tril(torch.ones(s, t).bool()), "data"),
     "offset-causal": (lambda s, t: torch.ones(s, t, dtype=torch.bool).tril(2), "data"),
     "strictly-past": (lambda s, t: torch.arange(t) < torch.arange(s)[:, None], "data"),
     "upper-triangle": (lambda s, t: torch.full((s, t), -math.inf).tril(-1), None),

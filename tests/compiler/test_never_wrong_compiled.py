@@ -179,3 +179,12 @@ def test_empty_inputs_give_what_dense_gives(sizes):
     q, k, v = torch.randn(1, 2, sizes[0], 8), *torch.randn(2, 1, 2, sizes[1], 8)
     out, _ = run(lambda q, k, v: SDPA(q, k, v), q, k, v)
     torch.testing.assert_close(out, SDPA(q, k, v), equal_nan=True)
+
+
+def test_an_output_that_is_transposed_in_place_stays_dense():
+    def function(q, k, v):
+        out = F.scaled_dot_product_attention(q, k, v)
+        out.transpose_(1, 2)
+        return out.transpose(1, 2).reshape(2, 12, -1) + 0
+
+    stays_dense(function, *qkv(), reason="in place")

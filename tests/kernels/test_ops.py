@@ -173,3 +173,17 @@ def test_any_head_dim_up_to_256(head_dim):
     output = attention(q, k, v, thresholds=pack([KEEP_ALL]))
     assert relative_l1(output, dense(q, k, v)) < 0.02
     assert attention(q, k, v, thresholds=pack([DEFAULT])).shape == (1, 1, 130, 257 - head_dim)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
+def test_the_default_dtype_of_the_process_changes_nothing(default):
+    q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))
+    options = {"thresholds": pack([KEEP_ALL]), "is_causal": True}
+    expected = torch.ops.sparge.attention_with_stats.default(q, k, v, **options)
+    torch.set_default_dtype(default)
+    try:
+        result = torch.ops.sparge.attention_with_stats.default(q, k, v, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(result, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)

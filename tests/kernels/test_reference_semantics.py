@@ -205,3 +205,15 @@ def test_a_needle_seen_by_one_query_is_found_under_default_thresholds(kernel, is
     v[:, :, target] = 5.0
     result = kernel(q, k, v, [DEFAULT], is_causal=is_causal)
     assert (result.output[:, :, 299] - 5.0).abs().max() < 0.1
+
+
+@both_kernels
+@pytest.mark.parametrize("size", [1.0, 10.0, 100.0, 1000.0])
+def test_one_outlier_key_does_not_cost_its_tile_its_digits(kernel, size):
+    q, k, v = (torch.randn(1, 1, 256, 64) for _ in range(3))
+    q[..., 0] = 0  # no query looks at the channel
+    k[..., 0] = 0
+    k[:, :, ::64, 0] = size
+    result = kernel(q, k, v, [KEEP_ALL], precision="int8")
+    expected = dense(q, k, v)
+    assert (result.output - expected).abs().sum() / expected.abs().sum() < 0.03

@@ -1,7 +1,10 @@
 """The blocked kernel's threads: results do not depend on them, and they leave no trace in the process."""
 
 import os
+import subprocess
+import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -73,6 +76,30 @@ def test_error_of_a_job_reaches_the_caller(two_threads):
 
     with pytest.raises(ZeroDivisionError, match="here"):
         threads.run([int, fail, int])
+
+
+def test_no_job_runs_after_an_error_is_raised(two_threads):
+    ran = []
+
+    def job(number):
+        if number == 0:
+            raise ZeroDivisionError
+        deadline.wait(0.05)
+        ran.append(number)
+
+    deadline = threading.Event()
+    with pytest.raises(ZeroDivisionError):
+        threads.run([partial(job, number) for number in range(40)])
+    count = len(ran)
+    deadline.wait(0.3)
+    assert len(ran) == count < 39
+
+
+def test_a_call_at_interpreter_exit_runs():
+    program = "import atexit, torch; from sparge_kernels.cpu import threads; torch.set_num_threads(2)\n"
+    program += "threads.run([int, int]); atexit.register(lambda: print(threads.run([int, int, int])))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "[0, 0, 0]", result.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

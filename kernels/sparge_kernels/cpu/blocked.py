@@ -71,9 +71,9 @@ class _Softmax:
     """Running state of one query tile's online softmax: maximum m, denominator l and numerator."""
 
     def __init__(self, rows: int, value_dim: int, device: torch.device) -> None:
-        self.maximum = torch.full((rows, 1), -torch.inf, device=device)
-        self.mass = torch.zeros(rows, 1, device=device)
-        self.values = torch.zeros(rows, value_dim, device=device)
+        self.maximum = torch.full((rows, 1), -torch.inf, dtype=torch.float32, device=device)
+        self.mass = torch.zeros(rows, 1, dtype=torch.float32, device=device)
+        self.values = torch.zeros(rows, value_dim, dtype=torch.float32, device=device)
         self.skipped = 0
 
     def output(self) -> Tensor:
@@ -97,7 +97,7 @@ def attention(
     h // (Hq // Hkv). Returns density and pv_skipped, fp32 [B, Hq].
     """
     group = q.shape[1] // k.shape[1]
-    density, pv_skipped = torch.empty(q.shape[:2]), torch.empty(q.shape[:2])
+    density, pv_skipped = (torch.empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
     kv_heads = [(b, h) for b in range(k.shape[0]) for h in range(k.shape[1])]
     together = torch.get_num_threads()  # fp32 copies of this many heads of K and V exist at a time
     for start in range(0, len(kv_heads), together):

@@ -10,23 +10,39 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
 _lock = threading.Lock()
-_pools: dict[int, ThreadPoolExecutor] = {}
+_pools: dict[int, ThreadPoolExecutor | None] = {}
+_START_SECONDS = 10.0
 
 
 def run(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """The results of all jobs, in order, computed on as many threads as torch uses; the first error is raised."""
-    workers = min(torch.get_num_threads(), len(jobs))
-    if workers <= 1:
+    """The results of all jobs, in order, computed on as many threads as torch uses.
+
+    The first error is raised once no job is running any more. Without threads (one core, an interpreter that is
+    shutting down) the jobs run in the caller.
+    """
+    workers = torch.get_num_threads()
+    pool = _pool(workers) if min(workers, len(jobs)) > 1 else None
+    if pool is None:
         return [job() for job in jobs]
     inference = torch.is_inference_mode_enabled()
-    futures = [_pool(torch.get_num_threads()).submit(_run_job, job, inference) for job in jobs]
-    return [future.result() for future in futures]
+    futures: list[Future[Any]] = []
+    try:
+        for job in jobs:
+            futures.append(pool.submit(_run_job, job, inference))
+    except RuntimeError:  # "cannot schedule new futures after shutdown": the interpreter is exiting
+        return [future.result() for future in futures] + [job() for job in jobs[len(futures) :]]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)  # jobs write into the caller's tensors
 
 
 def _run_job(job: Callable[[], Any], inference: bool) -> Any:
@@ -35,20 +51,21 @@ def _run_job(job: Callable[[], Any], inference: bool) -> Any:
         return job()
 
 
-def _pool(workers: int) -> ThreadPoolExecutor:
+def _pool(workers: int) -> ThreadPoolExecutor | None:
     with _lock:
         if workers not in _pools:
             _pools[workers] = _start(workers)
         return _pools[workers]
 
 
-def _start(workers: int) -> ThreadPoolExecutor:
-    """A pool whose threads use one core each.
+def _start(workers: int) -> ThreadPoolExecutor | None:
+    """A pool whose threads use one core each; None if the system gives no threads.
 
-    `torch.set_num_threads` acts on the calling thread and on threads that use torch for the first time later; so the
-    workers set it to 1, and the caller sets it back before anyone else can notice.
+    `torch.set_num_threads` acts on the calling thread, and on every thread that uses torch for the first time later.
+    So the workers set it to 1 and the caller sets it back: a thread that first uses torch in between, while the pool
+    starts (once per process and thread count), stays at one core.
     """
-    ready = threading.Barrier(workers + 1)
+    ready = threading.Barrier(workers + 1, timeout=_START_SECONDS)
 
     def use_one_core() -> None:
         torch.set_num_threads(1)
@@ -56,10 +73,16 @@ def _start(workers: int) -> ThreadPoolExecutor:
         ready.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="sparge", initializer=use_one_core)
-    for _ in range(workers):
-        pool.submit(int)  # the pool starts a thread per waiting job
-    ready.wait()
-    torch.set_num_threads(workers)
+    try:
+        for _ in range(workers):
+            pool.submit(int)  # the pool starts a thread per waiting job
+        ready.wait()
+    except (RuntimeError, threading.BrokenBarrierError):  # "can't start new thread", or it took too long
+        ready.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        return None
+    finally:
+        torch.set_num_threads(workers)
     return pool
 
 
