@@ -144,6 +144,4 @@ class rewriting:
         return cast(_Function, call)
 
 
-# TorchDynamo refuses to trace what carries this mark, instead of tracing it into a silent no-op.
-for _callable in (rewriting, rewriting.__enter__, rewriting.__exit__):
-    setattr(_callable, "_dynamo_forbidden", True)  # noqa: B010 - a private name of torch's, typed nowhere
+dynamo.forbid_in_graphs(rewriting, rewriting.__enter__, rewriting.__exit__)

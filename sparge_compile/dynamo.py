@@ -29,6 +29,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
 Size = int | torch.SymInt
+
+Operator = torch._ops.OpOverload
+OperatorPacket = torch._ops.OpOverloadPacket
+HigherOrderOperator = torch._ops.HigherOrderOperator
+FUSED_ENCODER_LAYER = torch._transformer_encoder_layer_fwd
+FUSED_MULTI_HEAD_ATTENTION = torch._native_multi_head_attention
+
 _ROOT_LOCAL = re.compile(r"""L\[['"](\w+)['"]\]""")
 _STACK_ENTRY = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
@@ -42,6 +49,12 @@ def install_attribute_guard(module: str, *attributes: str) -> None:
     for attribute in attributes:
         source = AttrSource(source, attribute)
     install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+def forbid_in_graphs(*callables: Any) -> None:
+    """TorchDynamo refuses to trace these, with an error, instead of tracing them into a silent no-op."""
+    for function in callables:
+        function._dynamo_forbidden = True
 
 
 def is_compiling_frame() -> bool:

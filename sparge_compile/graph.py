@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 
-import torch
 from torch import fx
 
 from sparge_compile import dynamo
@@ -23,7 +22,7 @@ def op_name(node: fx.Node) -> str:
         return str(node.target)
     if node.op != "call_function":
         return ""
-    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(node.target, (dynamo.Operator, dynamo.OperatorPacket)):
         packet = getattr(node.target, "overloadpacket", node.target)
         return packet.__name__ if str(packet).startswith(("aten.", "prims.")) else ""
     return getattr(node.target, "__name__", "") if _is_of_torch(node.target) else ""
@@ -44,16 +43,16 @@ def may_write(node: fx.Node) -> bool:
     """May this call change one of its arguments? A call that is not known to leave them alone may."""
     if node.op not in ("call_function", "call_method"):
         return node.op == "call_module"
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, dynamo.Operator):
         return node.target._schema.is_mutable
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
+    if isinstance(node.target, dynamo.OperatorPacket):
         return any(getattr(node.target, overload)._schema.is_mutable for overload in node.target.overloads())
     name = op_name(node)
     if name in _IN_PLACE_NAMES or (name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE):
         return True
     if node.op == "call_method":
         return False
-    if not _is_of_torch(node.target) or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not _is_of_torch(node.target) or isinstance(node.target, dynamo.HigherOrderOperator):
         return True
     return "out" in node.kwargs or _asks_in_place(node)
 

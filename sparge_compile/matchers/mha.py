@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import fx
 
+from sparge_compile import dynamo
 from sparge_compile.site import AttentionSite
 
 _REASONS = {
     F.multi_head_attention_forward: "nn.MultiheadAttention is one opaque call in the graph; this release rewrites "
     "F.scaled_dot_product_attention calls only",
-    torch._transformer_encoder_layer_fwd: "nn.TransformerEncoderLayer took its fused fast path, one opaque call; "
+    dynamo.FUSED_ENCODER_LAYER: "nn.TransformerEncoderLayer took its fused fast path, one opaque call; "
     "this release rewrites F.scaled_dot_product_attention calls only",
-    torch._native_multi_head_attention: "nn.MultiheadAttention took its fused fast path, one opaque call; this "
+    dynamo.FUSED_MULTI_HEAD_ATTENTION: "nn.MultiheadAttention took its fused fast path, one opaque call; this "
     "release rewrites F.scaled_dot_product_attention calls only",
 }
 

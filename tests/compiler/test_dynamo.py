@@ -238,3 +238,22 @@ def test_the_policy_guard_reads_the_token_of_the_policy_in_force():
     inside_a_compile(lambda _: context.guard_on_policy_in_force(Policy(topk=0.125)))
     tokens = [value.token for name, value in vars(context.STATE).items() if name.startswith("base_")]
     assert Policy(topk=0.125).token in tokens
+
+
+def test_the_kinds_of_operators_are_told_apart():
+    assert isinstance(torch.ops.aten.add.Tensor, dynamo.Operator)
+    assert isinstance(torch.ops.aten.add, dynamo.OperatorPacket)
+    assert isinstance(torch.ops.higher_order.cond, dynamo.HigherOrderOperator)
+
+
+def test_the_fused_attention_calls_of_torch_exist():
+    assert callable(dynamo.FUSED_ENCODER_LAYER) and callable(dynamo.FUSED_MULTI_HEAD_ATTENTION)
+
+
+def test_what_is_forbidden_in_graphs_is_an_error_there():
+    def forbidden(x):
+        return x + 1
+
+    dynamo.forbid_in_graphs(forbidden)
+    with pytest.raises(Exception, match="forbidden"):
+        torch.compile(lambda x: forbidden(x), backend="eager")(torch.ones(2))
