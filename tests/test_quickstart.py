@@ -9,7 +9,7 @@ QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
 
 def test_quickstart_rewrites_every_site_and_recalls_as_dense_does():
-    command = [sys.executable, str(QUICKSTART), "--tokens", "4096", "--sequences", "1"]
+    command = [sys.executable, str(QUICKSTART), "--tokens", "8192", "--sequences", "1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     assert "2 of 2 attention calls rewritten" in result.stdout

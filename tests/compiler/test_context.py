@@ -91,7 +91,7 @@ def test_contexts_nest_fields_change_and_policies_replace(compiled):
 def test_a_policy_without_min_tokens_brings_the_break_even_back(compiled):
     with sparge.rewriting(Policy()):
         compiled(X)
-    assert "min_tokens is 4096" in compiled.backend.reason
+    assert "min_tokens is 8192" in compiled.backend.reason
 
 
 def test_an_exception_restores_the_policy(compiled):

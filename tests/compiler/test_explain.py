@@ -87,7 +87,7 @@ def test_masked_and_short_calls_say_why():
     report = sparge.explain(Attention(attn_mask=mask).eval(), X, policy=EXACT)
     assert "attn_mask" in report.dense[0].reason
     report = sparge.explain(Attention().eval(), X)
-    assert "6 queries and 6 keys, min_tokens is 4096" in report.dense[0].reason
+    assert "6 queries and 6 keys, min_tokens is 8192" in report.dense[0].reason
 
 
 def break_inside(x):

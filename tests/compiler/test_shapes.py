@@ -167,9 +167,9 @@ def test_a_decode_step_over_a_growing_cache_stays_dense_and_right():
 
 
 def test_the_default_threshold_is_the_measured_break_even():
-    x = torch.empty(1, 1, 4096, 1)
+    x = torch.empty(1, 1, 8192, 1)
     backend = LightBackend(Policy())
     with torch.no_grad():
-        torch.compile(self_attention, backend=backend)(x[:, :, :4095])
-    assert "4095" in backend.reason and "4096" in backend.reason
+        torch.compile(self_attention, backend=backend)(x[:, :, :8191])
+    assert "8191" in backend.reason and "8192" in backend.reason
     assert sparge.Policy().min_tokens is None

@@ -33,7 +33,8 @@ def smooth_field(
         x = torch.randn(heads * head_dim, *grid, generator=generator)
         for axis, length in enumerate(correlation, start=1):
             x = _blur(x, axis, length)
-        x = x.reshape(heads, head_dim, -1).transpose(1, 2)
+        # Contiguous, as projections give them: over head_dim-major inputs dense SDPA is several times slower.
+        x = x.reshape(heads, head_dim, -1).transpose(1, 2).contiguous()
         return F.normalize(x, dim=-1)
 
     def white() -> Tensor:
