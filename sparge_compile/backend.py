@@ -43,9 +43,10 @@ def sparge(
         StrictPolicyError: the policy is strict and an attention call cannot be rewritten.
     """
     base, inductor_options = split_options(options)
-    LAST.add(dynamo.compile_owner(), transform(gm, base))
-    if context.in_force(base).enabled:
-        inductor_options = {**softmax.inductor_options(softmax.match(gm)), **inductor_options}
+    reports = transform(gm, base)
+    LAST.add(dynamo.compile_owner(), reports)
+    if context.in_force(base).enabled and any(report.pattern == softmax.NOT_ATTENTION for report in reports):
+        inductor_options = {**softmax.KEEPS_INDUCTOR_OFF, **inductor_options}
     return dynamo.compile_with_inductor(gm, example_inputs, mode, inductor_options)
 
 
@@ -64,7 +65,7 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
     if dynamo.is_compiling_frame():
         context.guard_on_policy_in_force(base)
         _warn_before_recompile_limit()
-    outcomes = [(site, outcome) for site, outcome in zip(sites, _decide_all(gm, sites, policy), strict=True)]
+    outcomes = list(zip(sites, _decide_all(gm, sites, policy), strict=True))
     reports = [describe(site, outcome) for site, outcome in outcomes]
     _check_strict(policy, reports)
     rewrite(gm, [outcome for _, outcome in outcomes if isinstance(outcome, Decision)])
@@ -119,6 +120,6 @@ def _warn_before_recompile_limit() -> None:
         f"sparge: this is variant {dynamo.recompile_limit()} of {code.co_name} ({code.co_filename}:"
         f"{code.co_firstlineno}), torch's recompile limit. Under one more policy or shape it will run eagerly, without "
         "Inductor and without sparse attention. Use fewer policies and lengths, or raise "
-        "torch._dynamo.config.recompile_limit.",
+        "torch.compiler.config.recompile_limit.",
         stacklevel=2,
     )

@@ -27,7 +27,7 @@ from sparge_compile.policy import Policy, split_options
 from sparge_compile.report import Report, SiteReport
 from sparge_kernels import ops
 
-_OUTSIDE = "the call ran outside every compiled graph, after a graph break; torch._dynamo.explain shows the break"
+_OUTSIDE = "the call ran outside every compiled graph, after a graph break; TORCH_LOGS=graph_breaks shows where"
 _NOT_WATCHED = "Calls outside compiled graphs are not listed: another profiler is active in this thread."
 
 

@@ -61,8 +61,10 @@ def _asks_in_place(node: fx.Node) -> bool:
     """`F.relu(x, True)` and `F.relu(x, inplace=True)` alike."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is not False
+    if not callable(node.target):
+        return False
     try:
-        parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        parameters = list(inspect.signature(node.target).parameters)
     except (TypeError, ValueError):  # a C function; none of torch's has such a parameter
         return False
     place = parameters.index("inplace") if "inplace" in parameters else len(node.args)

@@ -29,7 +29,7 @@ class SiteReport:
         dtype: of the output, as `bfloat16`.
         is_causal: as computed, a recognised causal mask included.
         thresholds: one mapping for all heads, or one per head; empty if dense.
-        pattern: `sdpa`, `mha`, `softmax`, `opaque`.
+        pattern: `sdpa`, `mha`, `softmax`, `opaque`, `not_attention`.
         source: `file:line` in user code.
         requested: dense because the user asked for it.
         density: share of the visible tiles that were computed, from `explain`'s run; None if not measured.

@@ -17,7 +17,7 @@ class AttentionSite:
 
     Attributes:
         node: the node whose output is the attention output.
-        pattern: `sdpa`, `mha`, `softmax`, or `opaque` for another library's kernel.
+        pattern: `sdpa`, `mha`, `softmax`, `opaque` (another library's kernel), or `not_attention` (looks like it).
         name: module name, `:1`, `:2` appended where one module has several.
         source: `file:line` of the call in user code, or an empty string.
         query, key, value: [batch, heads, tokens, head_dim] nodes; None where the pattern does not expose them.

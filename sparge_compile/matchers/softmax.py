@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,13 @@ _HAND_WRITTEN = (
     "attention written out as matmul, softmax, matmul; this release rewrites F.scaled_dot_product_attention calls only "
     "(many libraries select it with attn_implementation='sdpa')"
 )
+NOT_ATTENTION = "not_attention"
 _NOT_OVER_KEYS = "matmul, softmax, matmul with a softmax that is not over the last dimension: this is not attention"
+
+
+# Inductor's own attention pass ignores the dimension of the softmax: over queries or heads the result is wrong
+# (relative L1 .15 to .99, seen on 2.13). Only this option turns that pass off, for what we found not to be attention.
+KEEPS_INDUCTOR_OFF = {"pattern_matcher": False}
 
 
 def is_softmax(node: fx.Node) -> bool:
@@ -70,21 +75,14 @@ def match(gm: fx.GraphModule) -> list[AttentionSite]:
     weights = _weights(gm.graph)
     for node in gm.graph.nodes:
         if is_softmax(node) and all(_reaches(node, weights, forward=forward) for forward in (False, True)):
-            reason = _HAND_WRITTEN if _is_over_last_dim(node) else _NOT_OVER_KEYS
-            sites.append(AttentionSite(node, "softmax", unmatched=reason))
+            if _is_over_last_dim(node):
+                sites.append(AttentionSite(node, "softmax", unmatched=_HAND_WRITTEN))
+            else:
+                sites.append(AttentionSite(node, NOT_ATTENTION, unmatched=_NOT_OVER_KEYS))
         elif node.op == "call_function" and _OTHER_KERNELS.search(_target_name(node)):
             reason = f"already a call of another attention kernel ({_target_name(node)})"
             sites.append(AttentionSite(node, "opaque", unmatched=reason))
     return sites
-
-
-def inductor_options(sites: Sequence[AttentionSite]) -> dict[str, bool]:
-    """What Inductor must be told so that it leaves alone what we refused as not attention.
-
-    Its own attention pass ignores the dimension of the softmax: over queries or heads the result is wrong (relative L1
-    .15 to .99, seen on 2.13), and no option but this one turns that pass off.
-    """
-    return {"pattern_matcher": False} if any(site.unmatched == _NOT_OVER_KEYS for site in sites) else {}
 
 
 def _is_over_last_dim(softmax: fx.Node) -> bool:

@@ -122,7 +122,7 @@ def attention(
 
 def _prepare_keys(k: Tensor, v: Tensor, precision: str) -> _Keys:
     """Tiles of one head from k [Sk, D] and v [Sk, Dv]."""
-    k, v = k.float(), v.float()
+    k, v = _fp32(k), _fp32(v)
     raw, raw_values = split_tiles(k, K_TILE), split_tiles(v, K_TILE)
     finite_values = finite_tiles(v, K_TILE)
     all_finite = bool(finite_values.all())
@@ -138,7 +138,7 @@ def _prepare_head(
     q: Tensor, keys: _Keys, thresholds: Thresholds, is_causal: bool, scale: float, precision: str, out: Tensor
 ) -> _Head:
     """Stage 1 and quantization of one query head, q [Sq, D] to out [Sq, Dv]."""
-    q = q.float()
+    q = _fp32(q)
     k, v = (x.flatten(0, 1)[None, None, : keys.length] for x in (keys.raw, keys.raw_values))
     kept = select_tiles(q[None, None], k, v, thresholds=[thresholds], is_causal=is_causal, scale=scale)[0, 0]
     codes = raw = q * scale
@@ -250,6 +250,7 @@ def _add_values(state: _Softmax, weights: Tensor, keys: _Keys, tiles: Tensor, vi
 
 
 def _fp32(x: Tensor) -> Tensor:
+    """x as contiguous fp32; a copy only where it is not."""
     return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
