@@ -85,7 +85,7 @@ def attention(
 
     Returns:
         [..., q_heads, q_len, value head_dim] in q's dtype, or (that, stats).
-        What cannot be done sparsely (a mask, dropout, a needed gradient, an unsupported dtype, size or device) is
+        What cannot be done sparsely (dropout, a needed gradient, an unsupported dtype, size or device) is
         done by `F.scaled_dot_product_attention`, with density 1.
 
     Raises:
@@ -98,12 +98,18 @@ def attention(
     chosen = Policy() if policy is None else policy
     if fields:
         chosen = replace(chosen, fields)
-    reason = "the policy is disabled" if not chosen.enabled else _why_dense(q, k, v, attn_mask, dropout_p, enable_gqa)
+    reason = (
+        "the policy is disabled"
+        if not chosen.enabled
+        else _why_dense(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa)
+    )
     if reason is None and isinstance(scale, Tensor):
         reason = "scale is a tensor"
     if reason is None and chosen.precision == "fp8":
         reason = "precision='fp8' needs a GPU kernel; use 'auto' or 'int8'"
     short = min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
+    if reason is None and not short:
+        reason = _unavailable(q.device, attn_mask is not None)
     if reason is not None or short:
         if reason is not None and chosen.enabled and chosen.strict:
             raise StrictPolicyError(f"strict=True, and this call cannot be done sparsely: {reason}.")
@@ -121,7 +127,12 @@ def attention(
             return out
         density = torch.ones(q.shape[:-2], dtype=torch.float32, device=q.device)
         return out, AttentionStats(density, torch.zeros_like(density))
-    return _sparse(q, k, v, chosen, is_causal, scale, enable_gqa, return_stats)
+    return _sparse(q, k, v, attn_mask, chosen, is_causal, scale, enable_gqa, return_stats)
+
+
+@torch.compiler.assume_constant_result  # compiled code asks while it is compiled: the answer holds for the process
+def _unavailable(device: torch.device, has_mask: bool) -> str | None:
+    return ops.unavailable(device, has_mask)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -133,10 +144,8 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _why_dense(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, enable_gqa: bool
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
 ) -> str | None:
-    if attn_mask is not None:
-        return "attn_mask is given; masks are not supported yet"
     if dropout_p != 0:
         return f"dropout is active (dropout_p={dropout_p})"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -156,13 +165,33 @@ def _why_dense(
         q_heads, k_heads = q.shape[-3], k.shape[-3]
         if not enable_gqa or k_heads == 0 or q_heads % k_heads:
             return f"{q_heads} query heads over {k_heads} key heads (enable_gqa={enable_gqa})"
+    if attn_mask is not None:
+        reason = _why_mask_is_dense(attn_mask, (*q.shape[:-1], k.shape[-2]), q, is_causal)
+        if reason is not None:
+            return reason
     return ops.check_static(q.shape[-1], v.shape[-1], q.dtype, q.device)
+
+
+def _why_mask_is_dense(attn_mask: Tensor, shape: tuple[int, ...], q: Tensor, is_causal: bool) -> str | None:
+    if is_causal:
+        return "attn_mask and is_causal=True are given together"
+    if torch.is_grad_enabled() and attn_mask.requires_grad:
+        return "attn_mask needs a gradient and the kernel has no backward; run it under torch.no_grad()"
+    if attn_mask.is_nested or attn_mask.layout != torch.strided or attn_mask.device != q.device:
+        return "attn_mask is not a dense tensor on the query's device"
+    if attn_mask.dtype not in (torch.bool, q.dtype):
+        return f"attn_mask is {attn_mask.dtype}; bool and the query's {q.dtype} are supported"
+    sizes = (1,) * (len(shape) - attn_mask.dim()) + tuple(attn_mask.shape)
+    if len(sizes) != len(shape) or any(size not in (1, wanted) for size, wanted in zip(sizes, shape, strict=True)):
+        return f"attn_mask of shape {tuple(attn_mask.shape)} does not broadcast to {shape}"
+    return None
 
 
 def _sparse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    attn_mask: Tensor | None,
     policy: Policy,
     is_causal: bool,
     scale: float | None,
@@ -170,12 +199,17 @@ def _sparse(
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     leading = q.shape[:-2]
+    if attn_mask is not None:
+        if q.dim() > 4:  # the leading dimensions are flattened: so must the mask's be
+            attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-2:])
+        attn_mask = _four_dimensions(attn_mask)
     q, k, v = (_four_dimensions(x) for x in (q, k, v))
     operator = torch.ops.sparge.attention_with_stats if return_stats else torch.ops.sparge.attention
     result = operator(
         q,
         k,
         v,
+        attn_mask,
         thresholds=pack([from_policy(policy)]),
         is_causal=is_causal,
         scale=scale,

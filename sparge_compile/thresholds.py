@@ -32,6 +32,9 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
         lengths = f"{dynamo.hint(query.shape[2])} queries and {dynamo.hint(key.shape[2])} keys"
         return Refusal(f"{lengths}, min_tokens is {minimum}: sparse attention does not pay on short calls")
     thresholds = _thresholds(claim, policy)
+    unavailable = ops.unavailable(query.device)
+    if unavailable is not None:
+        return Refusal(unavailable)
     heads = query.shape[1]
     if len(thresholds) > 1 and not dynamo.known(heads == len(thresholds)):
         return Refusal(f"the profile has {len(thresholds)} heads for this site, the call has {heads}")

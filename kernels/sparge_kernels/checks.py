@@ -62,6 +62,26 @@ def check_call(
         check_count(thresholds, query.shape[1])
 
 
+def check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor, *, is_causal: bool) -> None:
+    """ValueError or TypeError on a mask no kernel takes."""
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise ValueError("attn_mask and is_causal=True are given together; put causality into the mask.")
+    if attn_mask.dtype not in (torch.bool, *DTYPES):
+        raise TypeError(f"attn_mask is {attn_mask.dtype}; bool, {_names(DTYPES)} are allowed. Cast it.")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask is on {attn_mask.device}, query on {query.device}. Move it.")
+    wanted = (*query.shape[:3], key.shape[2])
+    fits = attn_mask.dim() == 4 and all(
+        size == 1 or size == other or not isinstance(size, int) or not isinstance(other, int)
+        for size, other in zip(attn_mask.shape, wanted, strict=True)
+    )
+    if not fits:
+        shape = list(attn_mask.shape)
+        raise ValueError(f"attn_mask has shape {shape}; {list(wanted)} is allowed, or 1 in place of any size.")
+
+
 def _check_dtype_and_device(named: dict[str, Tensor]) -> None:
     dtypes = {name: tensor.dtype for name, tensor in named.items()}
     if len(set(dtypes.values())) != 1 or dtypes["query"] not in DTYPES:

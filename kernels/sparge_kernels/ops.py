@@ -6,6 +6,7 @@ Arguments of both:
     query [B, Hq, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv]: one dtype (fp32, bf16 or fp16), one
         device, any strides. Hq == Hkv, or Hq a multiple of Hkv with enable_gqa (repeat_interleave semantics).
     thresholds: 4 numbers for all heads or for each query head, see thresholds.pack.
+    attn_mask: bool (True is "attend") or floating, [B or 1, Hq or 1, Sq or 1, Sk or 1]; not with is_causal.
     is_causal: top-left aligned. scale: default 1 / sqrt(D).
     precision: "int8" or "none" (no quantization).
     min_tokens: a call with fewer queries or keys runs dense (density 1, pv_skipped 0).
@@ -28,14 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparge_kernels.checks import check_call, check_static, supported_device
+from sparge_kernels.checks import check_call, check_mask, check_static, supported_device
 from sparge_kernels.thresholds import unpack
 
-__all__ = ["StatsRecord", "check_static", "record_stats", "supported_device"]
+__all__ = ["StatsRecord", "check_static", "record_stats", "supported_device", "unavailable"]
 
 _ARGUMENTS = (
-    "(Tensor query, Tensor key, Tensor value, *, float[] thresholds, bool is_causal=False, "
-    "float? scale=None, bool enable_gqa=False, str precision='int8', int min_tokens=0, "
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float[] thresholds, "
+    "bool is_causal=False, float? scale=None, bool enable_gqa=False, str precision='int8', int min_tokens=0, "
     "int[] layout=[0, 2, 1, 3], str site='')"
 )
 # The kernels take any strides, so Inductor need not copy inputs to the strides seen while tracing.
@@ -73,10 +74,18 @@ def record_stats() -> Iterator[list[StatsRecord]]:
         _records.reset(token)
 
 
+def unavailable(device: torch.device, has_mask: bool = False) -> str | None:
+    """None if the device's kernel can run here and now, else the reason. May build it: some seconds, once."""
+    from sparge_kernels import cpu
+
+    return supported_device(device) or cpu.unavailable(has_mask)
+
+
 def _run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None = None,
     *,
     thresholds: Sequence[float],
     is_causal: bool = False,
@@ -88,22 +97,24 @@ def _run(
     site: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_call(query, key, value, thresholds, enable_gqa=enable_gqa, precision=precision, layout=layout)
+    check_mask(attn_mask, query, key, is_causal=is_causal)
     out = _empty_output(query, value, layout)
     per_head = unpack(thresholds, query.shape[1])
     runs_dense = min(query.shape[2], key.shape[2]) < min_tokens or out.numel() == 0 or key.numel() == 0
     with torch.autocast(query.device.type, enabled=False):
         if runs_dense:
-            _dense(query, key, value, is_causal, scale, enable_gqa, out)
+            _dense(query, key, value, attn_mask, is_causal, scale, enable_gqa, out)
             density = torch.ones(query.shape[:2], dtype=torch.float32, device=query.device)
             pv_skipped = torch.zeros_like(density)
         else:
-            from sparge_kernels.cpu import blocked
+            from sparge_kernels import cpu
 
-            density, pv_skipped = blocked.attention(
+            density, pv_skipped = cpu.attention(
                 query,
                 key,
                 value,
                 thresholds=per_head,
+                attn_mask=attn_mask,
                 is_causal=is_causal,
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
                 precision=precision,
@@ -116,7 +127,14 @@ def _run(
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    out: Tensor,
 ) -> None:
     """`F.scaled_dot_product_attention` into `out`; no keys give zeros."""
     if out.numel() == 0 or k.numel() == 0:
@@ -125,7 +143,10 @@ def _dense(
     if scale is not None and scale <= 0:
         # CPU SDPA gives NaN for a causal call with scale <= 0: let q carry the sign.
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    out.copy_(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa))
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(q.dtype)  # the dense call takes no other
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask, **options))
 
 
 def _empty_output(query: Tensor, value: Tensor, layout: Sequence[int]) -> Tensor:
@@ -141,14 +162,17 @@ def _fake(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None = None,
     *,
     thresholds: Sequence[float],
+    is_causal: bool = False,
     enable_gqa: bool = False,
     precision: str = "int8",
     layout: Sequence[int] = (0, 2, 1, 3),
     **_: Any,
 ) -> Tensor:
     check_call(query, key, value, thresholds, enable_gqa=enable_gqa, precision=precision, layout=layout)
+    check_mask(attn_mask, query, key, is_causal=is_causal)
     return _empty_output(query, value, layout)
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparge_kernels.masks import causal_tiles, mask_tiles
 from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
-from sparge_kernels.tiles import diagonal_tiles, past_tiles, split_tiles, tile_lengths
+from sparge_kernels.tiles import split_tiles, tile_lengths
 
 # ceil(0.07 * 100) is 8 in floating point: a product this little above a whole number is that number.
 _CEIL_SLACK = 1e-6
@@ -87,12 +88,20 @@ def finite_tiles(x: Tensor, tile: int) -> Tensor:
 
 
 def select_tiles(
-    q: Tensor, k: Tensor, v: Tensor, *, thresholds: Sequence[Thresholds], is_causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    thresholds: Sequence[Thresholds],
+    is_causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Stage 1: the tiles whose Q K^T is computed, bool [B, Hq, nQ, nK].
 
     q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], fp32 or fp64; one threshold entry per query head.
-    Query head h reads kv head h // (Hq // Hkv). Tiles in the causal future are never selected.
+    Query head h reads kv head h // (Hq // Hkv). mask: additive, broadcast to [B, Hq, Sq, Sk], not with is_causal.
+    Tiles in the causal future, or that the mask hides, are never selected; partial ones always.
     """
     group = q.shape[1] // k.shape[1]
     q_means, k_means = tile_means(q, Q_TILE), tile_means(k, K_TILE)
@@ -102,14 +111,19 @@ def select_tiles(
     k_similarity = k_similarity.masked_fill(~k_finite, torch.nan)  # NaN is below every theta
     q_similarity = q_similarity.masked_fill(~q_means.isfinite().all(-1), torch.nan)
 
-    past = past_tiles(q.shape[-2], k.shape[-2], is_causal, q.device)
-    diagonal = diagonal_tiles(q.shape[-2], k.shape[-2], is_causal, q.device)
+    shape = (q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
+    if mask is not None:
+        tiles = mask_tiles(mask.expand(shape))
+    else:
+        tiles = causal_tiles(*shape[2:], is_causal, q.dtype, q.device)
+    hidden, partial, bias = (x.expand(*shape[:2], *x.shape[-2:]) for x in (tiles.hidden, tiles.partial, tiles.bias))
     kept = []
     for head, threshold in enumerate(thresholds):
         kv_head = head // group
+        whole = ~hidden[:, head] & ~partial[:, head]  # [B, nQ, nK]
         predictable_q = (q_similarity[:, head] >= threshold.similarity)[:, :, None]  # [B, nQ, 1]
         predictable_k = (k_similarity[:, kv_head] >= threshold.similarity)[:, None, :]  # [B, 1, nK]
-        proxy = proxy_scores(q_means[:, head], k_means[:, kv_head], scale)
-        largest = keep_largest(proxy, predictable_k & past, threshold)
-        kept.append(diagonal | past & (largest | ~predictable_q | ~predictable_k))
+        proxy = proxy_scores(q_means[:, head], k_means[:, kv_head], scale) + bias[:, head]
+        largest = keep_largest(proxy, predictable_k & whole, threshold)
+        kept.append(partial[:, head] | whole & (largest | ~predictable_q | ~predictable_k))
     return torch.stack(kept, dim=1)

@@ -22,7 +22,8 @@ Where it departs from the papers, it does so for a reason:
    has exp(s - m_final) <= exp(s - m_new) < exp(lambda) for each of its keys, and the denominator is at
    least 1, so with lambda = ln(eps / N) the at most N skipped keys of a row hold at most eps of its softmax mass,
    for any input. Diagonal tiles and tiles with a non-finite V are not skipped.
-5. Non-finite input gives NaN only where `F.scaled_dot_product_attention` gives NaN, and never to a row that
+5. A mask is kept to exactly: tiles it hides are never visited, tiles it cuts are treated as the diagonal (masks.py).
+6. Non-finite input gives NaN only where `F.scaled_dot_product_attention` gives NaN, and never to a row that
    cannot see it. A row whose scores are all -inf gives 0, as SDPA does.
 """
 
@@ -34,10 +35,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparge_kernels.masks import additive_mask, causal_tiles, mask_tiles
 from sparge_kernels.predict import finite_tiles, select_tiles
 from sparge_kernels.quantize import quantize_rows, quantize_tiles
 from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
-from sparge_kernels.tiles import diagonal_tiles, past_tiles, split_tiles
+from sparge_kernels.tiles import split_tiles
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def attention(
     v: Tensor,
     *,
     thresholds: Sequence[Thresholds],
+    attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -71,6 +74,7 @@ def attention(
     """Sparse attention of q [B, Hq, Sq, D] over k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv].
 
     One threshold entry, or one per query head. `precision`: "int8" or "none". Causal is top-left aligned.
+    attn_mask: bool or float, broadcast to [B, Hq, Sq, Sk], not with is_causal (masks.py).
     """
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     if group != 1 and not enable_gqa:
@@ -80,22 +84,30 @@ def attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_wide, k_wide, v_wide = q.to(dtype), k.to(dtype), v.to(dtype)
 
-    kept = select_tiles(q_wide, k_wide, v_wide, thresholds=per_head, is_causal=is_causal, scale=scale)
+    mask = None if attn_mask is None else additive_mask(attn_mask, dtype)
+    kept = select_tiles(q_wide, k_wide, v_wide, thresholds=per_head, is_causal=is_causal, scale=scale, mask=mask)
+    if mask is None:
+        tiles = causal_tiles(q.shape[-2], k.shape[-2], is_causal, dtype, q.device)
+    else:
+        mask = mask.expand(q.shape[0], heads, q.shape[-2], k.shape[-2])
+        tiles = mask_tiles(mask)
     k_wide, v_wide = (x.repeat_interleave(group, dim=1) for x in (k_wide, v_wide))
-    scores = attention_scores(q_wide, k_wide, is_causal=is_causal, scale=scale, precision=precision)
+    scores = attention_scores(q_wide, k_wide, partial=tiles.partial, scale=scale, precision=precision)
+    scores = scores if mask is None else scores + mask
+    visible = visible_pairs(q.shape[-2], k.shape[-2], is_causal, q.device)
+    scores = scores.masked_fill(~visible, -torch.inf)
     lambdas = torch.tensor([t.skip_below(k.shape[-2]) for t in per_head], dtype=dtype, device=q.device)
-    output, skipped, dropped_mass = softmax_values(scores, v_wide, kept, lambdas, is_causal)
+    output, skipped, dropped_mass = softmax_values(scores, v_wide, kept, lambdas, tiles.partial, visible)
 
-    visible = past_tiles(q.shape[-2], k.shape[-2], is_causal, q.device)
-    visible = visible | diagonal_tiles(q.shape[-2], k.shape[-2], is_causal, q.device)
+    visible_count = (~tiles.hidden).sum((-2, -1))
     computed = kept.sum((-2, -1))
-    density = torch.where(visible.any(), computed / visible.sum(), 1).float()
+    density = torch.where(visible_count > 0, computed / visible_count, 1).float()
     pv_skipped = (skipped.sum((-2, -1)) / computed.clamp(min=1)).float()
     return Output(output.to(q.dtype), density, pv_skipped, kept, dropped_mass)
 
 
-def attention_scores(q: Tensor, k: Tensor, *, is_causal: bool, scale: float, precision: str) -> Tensor:
-    """Scores of every visible pair in nats, -inf for the causal future: [B, H, Sq, Sk]."""
+def attention_scores(q: Tensor, k: Tensor, *, partial: Tensor, scale: float, precision: str) -> Tensor:
+    """Scores of every pair in nats [B, H, Sq, Sk]; those of `partial` tiles [..., nQ, nK] are never quantized."""
     q_len, k_len = q.shape[-2], k.shape[-2]
     scores = q @ k.transpose(-1, -2)
     if precision == "int8":
@@ -104,24 +116,24 @@ def attention_scores(q: Tensor, k: Tensor, *, is_causal: bool, scale: float, pre
         product = rows.codes.to(q.dtype) @ codes.to(q.dtype).transpose(-1, -2)  # exact: 127 * 127 * 256 < 2^24
         scales = rows.scale[..., None] * _per_key(tiles.scale, k_len)[..., None, :]
         restored = product * scales + _per_key(q @ tiles.mean.transpose(-1, -2), k_len)
-        diagonal = _per_key(_per_query(diagonal_tiles(q_len, k_len, is_causal, q.device), q_len), k_len)
-        exact = diagonal | rows.exact[..., None] | _per_key(tiles.exact, k_len)[..., None, :]
+        edges = _per_key(_per_query(partial, q_len), k_len)
+        exact = edges | rows.exact[..., None] | _per_key(tiles.exact, k_len)[..., None, :]
         scores = torch.where(exact, scores, restored)
-    return (scores * scale).masked_fill(~visible_pairs(q_len, k_len, is_causal, q.device), -torch.inf)
+    return scores * scale
 
 
 def softmax_values(
-    scores: Tensor, v: Tensor, kept: Tensor, lambdas: Tensor, is_causal: bool
+    scores: Tensor, v: Tensor, kept: Tensor, lambdas: Tensor, partial: Tensor, visible: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 2: online softmax over the kept tiles in ascending order, skipping P V below lambda.
 
-    scores [B, H, Sq, Sk], v [B, H, Sk, Dv], kept [B, H, nQ, nK], lambdas [H] in nats.
+    scores [B, H, Sq, Sk], v [B, H, Sk, Dv], kept [B, H, nQ, nK], lambdas [H] in nats. `partial` [..., nQ, nK] tiles
+    are not skipped; `visible` [Sq, Sk] says which keys causality shows.
     Returns the output [B, H, Sq, Dv], the skipped tiles [B, H, nQ, nK] and the dropped mass [B, H, Sq].
     """
     q_len, k_len = scores.shape[-2:]
-    visible = visible_pairs(q_len, k_len, is_causal, v.device)
     finite_v = finite_tiles(v, K_TILE)
-    exempt = diagonal_tiles(q_len, k_len, is_causal, v.device) | ~finite_v[..., None, :]
+    exempt = partial | ~finite_v[..., None, :]
     skipped = torch.zeros_like(kept)
     row_max = scores.new_full(scores.shape[:-1], -torch.inf)  # m
     mass, dropped = scores.new_zeros(scores.shape[:-1]), scores.new_zeros(scores.shape[:-1])  # l, part of l

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparge_compile as sparge
 from sparge_compile import Policy, StrictPolicyError
+from sparge_kernels import ops
 
 SDPA = F.scaled_dot_product_attention
 
@@ -50,6 +51,30 @@ def test_arguments_mean_what_they_mean_for_dense(arguments):
     torch.testing.assert_close(exact(q, k, v, **arguments), SDPA(q, k, v, **arguments), **CLOSE)
 
 
+MASKS = {
+    "bool-2d": torch.rand(12, 12) > 0.3,
+    "bool-5d": torch.rand(2, 3, 1, 12, 1) > 0.3,
+    "float-4d": torch.randn(2, 1, 1, 12),
+    "float-3d": torch.randn(2, 12, 12),
+    "all-true": torch.ones(12, 12, dtype=torch.bool),
+    "row-of-nothing": torch.ones(12, 12, dtype=torch.bool).index_fill(0, torch.tensor([3]), False),
+    "expanded": (torch.rand(12) > 0.3).expand(12, 12),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_masks_mean_what_they_mean_for_dense(mask):
+    q, k, v = (SHAPES["5d"](x) if mask.dim() == 5 else x for x in (Q, K, V))
+    out = exact(q, k, v, mask, policy=Policy(strict=True))
+    torch.testing.assert_close(out, SDPA(q, k, v, mask), **CLOSE)
+
+
+def test_a_mask_that_needs_a_gradient_is_dense():
+    mask = torch.randn(12, 12, requires_grad=True)
+    exact(Q, K, V, mask).square().sum().backward()
+    assert mask.grad is not None
+
+
 def test_positional_arguments_are_in_the_same_order():
     q, k, v = qkv()
     torch.testing.assert_close(exact(q, k, v, None, 0.0, True), SDPA(q, k, v, None, 0.0, True), **CLOSE)
@@ -57,9 +82,7 @@ def test_positional_arguments_are_in_the_same_order():
 
 Q, K, V = qkv()
 DENSE = {
-    "bool-mask": ((Q, K, V), {"attn_mask": torch.rand(12, 12) > 0.3}),
-    "float-mask": ((Q, K, V), {"attn_mask": torch.randn(2, 1, 1, 12)}),
-    "all-true-mask": ((Q, K, V), {"attn_mask": torch.ones(12, 12, dtype=torch.bool)}),
+    "mask-of-another-dtype": ((Q.bfloat16(), K.bfloat16(), V.bfloat16()), {"attn_mask": torch.randn(12, 12)}),
     "float64": ((Q.double(), K.double(), V.double()), {}),
     "wide-head": (tuple(x.repeat(1, 1, 1, 33) for x in (Q, K, V)), {}),
     "batch-broadcast": ((Q, K[:1], V[:1]), {}),
@@ -191,3 +214,17 @@ def test_fields_compile_in_one_graph(dynamic):
     with torch.no_grad():
         out = torch.compile(exact, backend="eager", fullgraph=True, dynamic=dynamic)(Q, K, V)
     torch.testing.assert_close(out, SDPA(Q, K, V), **CLOSE)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_masks_compile_in_one_graph(dynamic):
+    with torch.no_grad():
+        out = torch.compile(exact, fullgraph=True, dynamic=dynamic)(Q, K, V, MASKS["float-4d"])
+    torch.testing.assert_close(out, SDPA(Q, K, V, MASKS["float-4d"]), **CLOSE)
+
+
+def test_without_a_kernel_it_is_dense_to_the_bit_or_raises(monkeypatch):
+    monkeypatch.setattr(ops, "unavailable", lambda device, has_mask=False: "the native CPU kernel is not available: x")
+    assert torch.equal(exact(Q, K, V), SDPA(Q, K, V))
+    with pytest.raises(StrictPolicyError, match="native CPU kernel is not available"):
+        exact(Q, K, V, strict=True)

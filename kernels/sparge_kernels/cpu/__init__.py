@@ -1,1 +1,69 @@
-"""CPU implementations of `sparge::attention`."""
+"""CPU implementations of `sparge::attention`: the native kernel, and one in plain torch for those who ask for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sparge_kernels.thresholds import Thresholds
+
+KERNEL_VARIABLE = "SPARGE_CPU_KERNEL"
+"""Environment variable: "native" (default), or "blocked", which needs no compiler, is slow and takes no masks."""
+
+KERNELS = ("native", "blocked")
+
+
+def chosen_kernel() -> str:
+    """The kernel that `SPARGE_CPU_KERNEL` names; ValueError if there is none of that name."""
+    name = os.environ.get(KERNEL_VARIABLE) or KERNELS[0]
+    if name not in KERNELS:
+        raise ValueError(f"{KERNEL_VARIABLE}={name!r} is no CPU kernel; allowed: {', '.join(KERNELS)}.")
+    return name
+
+
+def unavailable(has_mask: bool) -> str | None:
+    """None if the chosen kernel can run such a call here, else the reason. Builds the native kernel if need be."""
+    if chosen_kernel() == "blocked":
+        return f"the CPU kernel of {KERNEL_VARIABLE}=blocked takes no attn_mask" if has_mask else None
+    from sparge_kernels.cpu import build, native
+
+    try:
+        native.library()
+    except build.Unavailable as error:
+        return f"the native CPU kernel is not available: {error}"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    thresholds: Sequence[Thresholds],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    precision: str,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Runs the chosen kernel (`native.attention` has the contract); RuntimeError if it is not available."""
+    reason = unavailable(attn_mask is not None)
+    if reason is not None:
+        raise RuntimeError(f"sparge::attention: {reason}")
+    options: dict[str, Any] = {
+        "thresholds": thresholds,
+        "is_causal": is_causal,
+        "scale": scale,
+        "precision": precision,
+        "out": out,
+    }
+    if chosen_kernel() == "blocked":
+        from sparge_kernels.cpu import blocked
+
+        return blocked.attention(q, k, v, **options)
+    from sparge_kernels.cpu import native
+
+    return native.attention(q, k, v, attn_mask=attn_mask, **options)

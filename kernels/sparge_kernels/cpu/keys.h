@@ -1,0 +1,198 @@
+// K and V of one kv head, ready for every query tile: means, INT8 codes, self-similarity and packed values.
+// The numbers are those of predict.py and quantize.py; reference.py has the reasons.
+#pragma once
+
+#include <vector>
+
+#include "inputs.h"
+
+namespace sparge {
+
+constexpr float OUTLIER_RATIO = 5.0f;  // quantize.py
+constexpr float LARGEST_CODE = 127.0f;
+constexpr int MAX_DIM = 256;  // checks.py
+
+struct KeyTiles {
+    int count = 0, dim = 0, value_dim = 0;
+    int padded = 0;      // dim rounded up to whole vectors: rows of means and centres
+    int code_dim = 0;    // dim rounded up to whole granules of 4 codes
+    std::vector<float> means, centres;     // [count][padded]
+    std::vector<float> similarity;         // [count], NaN where a number is not finite: below every threshold
+    std::vector<float> scales;             // [count]
+    std::vector<uint8_t> exact;            // [count]: INT8 cannot hold the tile
+    std::vector<uint8_t> finite_values;    // [count]
+    std::vector<int8_t> codes;             // [count][K_TILE][code_dim]
+    std::vector<int32_t> starts;           // [count][K_TILE]: -128 * sum of a key's codes, for codes + 128 of Q
+    std::vector<int32_t> values;           // [count][K_TILE / 2][value_dim]: pairs of keys in bf16
+
+    void resize(const Call& call) {
+        count = ceil_div(call.k_len, K_TILE);
+        dim = static_cast<int>(call.dim);
+        value_dim = static_cast<int>(call.value_dim);
+        padded = round_up(dim, LANES);
+        code_dim = round_up(dim, 4);
+        means.assign(size_t(count) * padded, 0.0f);
+        centres.assign(size_t(count) * padded, 0.0f);
+        similarity.resize(count);
+        scales.resize(count);
+        exact.resize(count);
+        finite_values.resize(count);
+        if (call.int8) {
+            codes.assign(size_t(count) * K_TILE * code_dim, 0);
+            starts.assign(size_t(count) * K_TILE, 0);
+        }
+#if defined(SPARGE_BF16_DOT)
+        if (packs_values(call)) values.resize(size_t(count) * K_TILE / 2 * value_dim);
+#endif
+    }
+
+    // Products of weights and values in bf16 wherever the scores are quantized or the inputs no finer.
+    static bool packs_values(const Call& call) {
+#if defined(SPARGE_BF16_DOT)
+        return call.int8 || call.dtype == BFLOAT16;
+#else
+        (void)call;
+        return false;
+#endif
+    }
+};
+
+inline int keys_in_tile(const Call& call, int tile) {
+    int64_t left = call.k_len - int64_t(tile) * K_TILE;
+    return static_cast<int>(left < K_TILE ? left : K_TILE);
+}
+
+// Mean of one tile; and whether K and V are finite there, as similarity 0 or NaN.
+inline void tile_mean(const Call& call, const Rows& k, KeyTiles& keys, int tile, float* row) {
+    float* mean = &keys.means[size_t(tile) * keys.padded];
+    const int count = keys_in_tile(call, tile);
+    bool finite = true;
+    std::memset(mean, 0, sizeof(float) * keys.padded);
+    for (int i = 0; i < count; ++i) {
+        k.get(int64_t(tile) * K_TILE + i, row);
+        finite &= all_finite(row, keys.dim);
+        for (int d = 0; d < keys.dim; ++d) mean[d] += row[d];
+    }
+    for (int d = 0; d < keys.dim; ++d) mean[d] /= static_cast<float>(count);
+    finite &= all_finite(mean, keys.dim);
+    keys.similarity[tile] = finite ? 0.0f : NAN;
+}
+
+// What each tile is centred by before its self-similarity: the mean of all keys, under causal of the keys so far.
+inline void tile_centres(const Call& call, KeyTiles& keys) {
+    float total[MAX_DIM] = {};
+    int64_t seen = 0;
+    for (int tile = 0; tile < keys.count; ++tile) {
+        int count = keys_in_tile(call, tile);
+        seen += count;
+        for (int d = 0; d < keys.dim; ++d) {
+            total[d] += keys.means[size_t(tile) * keys.padded + d] * static_cast<float>(count);
+            keys.centres[size_t(tile) * keys.padded + d] = total[d] / static_cast<float>(seen);
+        }
+    }
+    if (call.is_causal) return;
+    const float* last = &keys.centres[size_t(keys.count - 1) * keys.padded];
+    for (int tile = 0; tile + 1 < keys.count; ++tile)
+        std::memcpy(&keys.centres[size_t(tile) * keys.padded], last, sizeof(float) * keys.padded);
+}
+
+// Adds row / |row| to `total`, both [padded]. A zero row adds nothing; a row that is not finite makes total NaN.
+inline void add_unit_row(const float* row, int padded, float* total) {
+    Floats squares{};
+    for (int d = 0; d < padded; d += LANES) squares += load(row + d) * load(row + d);
+    float norm = std::sqrt(sum(squares));
+    if (norm == 0) return;
+    for (int d = 0; d < padded; d += LANES) store(total + d, load(total + d) + load(row + d) / norm);
+}
+
+// |total|^2 / rows^2 of `rows` unit rows that sum to `total`.
+inline float similarity_of(const float* total, int padded, int rows) {
+    Floats squares{};
+    for (int d = 0; d < padded; d += LANES) squares += load(total + d) * load(total + d);
+    return sum(squares) / (static_cast<float>(rows) * static_cast<float>(rows));
+}
+
+inline float largest_magnitude(const float* row, int padded) {
+    Floats largest{};
+    for (int d = 0; d < padded; d += LANES) largest = maximum(maximum(load(row + d), -load(row + d)), largest);
+    float result = 0;
+    for (int lane = 0; lane < LANES; ++lane) result = largest[lane] > result ? largest[lane] : result;
+    return result;
+}
+
+inline void row_codes(const float* row, int dim, float scale, int8_t* codes) {
+    for (int d = 0; d < dim; ++d) {
+        float code = std::nearbyint(row[d] / scale);
+        codes[d] = static_cast<int8_t>(code < -LARGEST_CODE ? -LARGEST_CODE : code > LARGEST_CODE ? LARGEST_CODE : code);
+    }
+}
+
+// A scale INT8 can work with; `largest` of an all-zero row gives 0, whose codes are zero.
+inline bool usable_scale(float largest) {
+    float scale = largest / LARGEST_CODE;
+    return scale < INF && !(largest > 0 && scale < std::numeric_limits<float>::min());
+}
+
+// Self-similarity of one tile, and its INT8 codes after its own mean is taken away. `rows` is scratch,
+// [K_TILE][padded].
+inline void quantize_tile(const Call& call, const Rows& k, KeyTiles& keys, int tile, float* rows) {
+    const int count = keys_in_tile(call, tile), padded = keys.padded;
+    const float* mean = &keys.means[size_t(tile) * padded];
+    const float* centre = &keys.centres[size_t(tile) * padded];
+    float total[MAX_DIM] = {};
+    float centred[MAX_DIM];
+    float typical = 0, largest = 0;
+    for (int i = 0; i < count; ++i) {
+        float* row = rows + i * padded;
+        k.get(int64_t(tile) * K_TILE + i, row, padded);
+        for (int d = 0; d < padded; d += LANES) store(centred + d, load(row + d) - load(centre + d));
+        add_unit_row(centred, padded, total);
+        if (!call.int8) continue;
+        for (int d = 0; d < padded; d += LANES) store(row + d, load(row + d) - load(mean + d));
+        float magnitude = largest_magnitude(row, padded);
+        typical += magnitude;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    bool finite = keys.similarity[tile] == 0.0f;
+    if (finite && keys.finite_values[tile]) keys.similarity[tile] = similarity_of(total, padded, count);
+    else keys.similarity[tile] = NAN;
+    if (!call.int8) return;
+
+    bool exact = !finite || !usable_scale(largest) || largest > OUTLIER_RATIO * (typical / static_cast<float>(count));
+    keys.exact[tile] = exact;
+    keys.scales[tile] = exact ? 0.0f : largest / LARGEST_CODE;
+    if (exact || largest == 0) return;  // codes stay zero
+    for (int i = 0; i < count; ++i) {
+        int8_t* codes = &keys.codes[(size_t(tile) * K_TILE + i) * keys.code_dim];
+        row_codes(rows + i * padded, keys.dim, keys.scales[tile], codes);
+        int32_t total_codes = 0;
+        for (int d = 0; d < keys.dim; ++d) total_codes += codes[d];
+        keys.starts[size_t(tile) * K_TILE + i] = -128 * total_codes;
+    }
+}
+
+// bf16 of x, kept finite: what is no number or infinite becomes 0 (attention.cpp adds its effect apart).
+inline uint32_t packed_value(float x) {
+    if (!(std::fabs(x) < INF)) return 0;
+    uint16_t bits = float_to_bfloat16(x);
+    return (bits & 0x7fff) == 0x7f80 ? bits - 1u : bits;  // rounding up to infinity is undone
+}
+
+inline void pack_values(const Call& call, const Rows& v, KeyTiles& keys, int tile, float* rows) {
+    const int count = keys_in_tile(call, tile), dim = keys.value_dim;
+    bool finite = true;
+    for (int i = 0; i < count; ++i) {
+        v.get(int64_t(tile) * K_TILE + i, rows + i * dim);
+        finite &= all_finite(rows + i * dim, dim);
+    }
+    keys.finite_values[tile] = finite;
+    if (!KeyTiles::packs_values(call)) return;
+    for (int i = count; i < round_up(count, 2); ++i) std::memset(rows + i * dim, 0, sizeof(float) * dim);
+    int32_t* pairs = &keys.values[size_t(tile) * K_TILE / 2 * dim];
+    for (int i = 0; i < K_TILE / 2; ++i)
+        for (int d = 0; d < dim; ++d)
+            pairs[i * dim + d] = 2 * i >= count ? 0 : static_cast<int32_t>(
+                packed_value(rows[2 * i * dim + d]) | packed_value(rows[(2 * i + 1) * dim + d]) << 16);
+}
+
+}  // namespace sparge

@@ -1,0 +1,134 @@
+"""The native CPU kernel: attention.cpp behind the seam that blocked.py has too."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparge_kernels import reference
+from sparge_kernels.cpu import build
+from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+_MAX_ERROR = {"int8": 2e-2, "none": 1e-4}  # relative L1 of a sound build; seen: 2e-3 and 4e-7
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4))
+
+
+class _Thresholds(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_float) for name in ("topk", "cdf", "similarity", "skip_below"))
+
+
+class Call(ctypes.Structure):
+    """`Call` of inputs.h, field by field."""
+
+    _fields_ = (
+        *((name, _Tensor) for name in ("q", "k", "v", "out", "mask")),
+        ("thresholds", ctypes.POINTER(_Thresholds)),
+        *((name, ctypes.c_void_p) for name in ("density", "pv_skipped", "kept")),
+        *((name, ctypes.c_int64) for name in ("batch", "q_heads", "kv_heads", "q_len", "k_len", "dim", "value_dim")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("dtype", "mask_dtype", "is_causal", "int8", "threads")),
+    )
+
+
+def library() -> ctypes.CDLL:
+    """The kernel for this CPU, built at first use. Raises `build.Unavailable`."""
+    return build.load(accept=self_check)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    thresholds: Sequence[Thresholds],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    precision: str,
+    out: Tensor,
+    kept: Tensor | None = None,
+    using: ctypes.CDLL | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Writes the attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D / Dv] to out [B, Hq, Sq, Dv].
+
+    One threshold entry per query head; any strides; no empty tensors. Query head h reads kv head
+    h // (Hq // Hkv). attn_mask: bool or float, broadcasts to [B, Hq, Sq, Sk]. Returns density and pv_skipped, fp32
+    [B, Hq]; writes stage 1's map to `kept`, bool [B, Hq, nQ, nK], if it is given. `using`: another build of the kernel.
+    """
+    density, pv_skipped = (torch.empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+    call = describe(q, k, v, thresholds, attn_mask, is_causal=is_causal, scale=scale, precision=precision, out=out)
+    call.density, call.pv_skipped = density.data_ptr(), pv_skipped.data_ptr()
+    call.kept = None if kept is None else kept.data_ptr()
+    if (using or library()).sparge_attention(ctypes.byref(call)):
+        raise MemoryError(f"sparge::attention found no memory for its buffers (query {list(q.shape)}).")
+    return density, pv_skipped
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Sequence[Thresholds],
+    attn_mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    precision: str,
+    out: Tensor,
+) -> Call:
+    """The call as the library takes it; the tensors must outlive it."""
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])  # a dimension of size 1 gets stride 0
+    entries = [_Thresholds(t.topk or 0.0, t.cdf, t.similarity, t.skip_below(k.shape[2])) for t in thresholds]
+    return Call(
+        *(_tensor(x) for x in (q, k, v, out)),
+        _Tensor() if attn_mask is None else _tensor(attn_mask),
+        (_Thresholds * len(entries))(*entries),
+        batch=q.shape[0],
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        q_len=q.shape[2],
+        k_len=k.shape[2],
+        dim=q.shape[3],
+        value_dim=v.shape[3],
+        scale=scale,
+        dtype=_DTYPES[q.dtype],
+        mask_dtype=0 if attn_mask is None else _DTYPES[attn_mask.dtype],
+        is_causal=is_causal,
+        int8=precision == "int8",
+        threads=torch.get_num_threads(),
+    )
+
+
+def _tensor(x: Tensor) -> _Tensor:
+    return _Tensor(x.data_ptr(), tuple(x.stride()))
+
+
+def self_check(built: ctypes.CDLL) -> str | None:
+    """None if a library just built agrees with reference.py on a small call, else the reason in words."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 150, 40, generator=generator) for _ in range(3))
+    entries = [Thresholds(0.5, 1.0, -1.0, NEVER_SKIP), Thresholds(None, 0.9, -1.0, None)]
+    for precision, limit in _MAX_ERROR.items():
+        for is_causal in (False, True):
+            out = torch.empty_like(q)
+            options: dict[str, Any] = {
+                "thresholds": entries,
+                "is_causal": is_causal,
+                "scale": 0.2,
+                "precision": precision,
+            }
+            attention(q, k, v, attn_mask=None, out=out, using=built, **options)
+            expected = reference.attention(q, k, v, **options).output
+            error = float((out - expected).abs().sum() / expected.abs().sum())
+            if not error < limit:
+                return f"relative L1 {error:.3g} against the reference (precision={precision}, causal={is_causal})"
+    return None

@@ -1,0 +1,150 @@
+// The matrix products of one tile: C[row][query] = sum over steps of A[row][step] * B[step][query].
+//
+// Everything is laid out so that vectors run over the 128 queries of a tile: scores and weights are [key][query], the
+// output is [channel][query]. Row maxima, sums, scales and masks are then plain vector operations, without a single
+// horizontal one, and the weights of one product are the B operand of the next without a transpose.
+//
+// One step is one 32-bit granule of A against one of B: a float, 2 bf16 or 4 int8, chosen by the Dot type. A granules
+// are broadcast from memory, so A may have any strides.
+#pragma once
+
+#include "simd.h"
+
+namespace sparge {
+
+constexpr int Q_TILE = 128;
+constexpr int K_TILE = 64;
+constexpr int BLOCK_ROWS = 4;
+constexpr int GROUP = LANES * VECTORS;  // queries of a register block
+static_assert(Q_TILE % GROUP == 0 && K_TILE % BLOCK_ROWS == 0, "tiles are whole blocks");
+
+struct DotFloat {
+    using Sum = Floats;
+    using Granule = float;
+    static inline Sum broadcast(float x) { return splat(x); }
+    static inline Sum add(Sum sum, Floats a, Floats b) { return sum + a * b; }
+    static inline Floats load_b(const Granule* p) { return *reinterpret_cast<const Floats*>(p); }
+    static inline Floats load_a(Granule x) { return splat(x); }
+    static inline Floats value(Sum sum) { return sum; }
+};
+
+#if defined(SPARGE_INT8_DOT)
+struct DotInt8 {  // B is unsigned: codes + 128
+    using Sum = Ints;
+    using Granule = int32_t;
+    static inline Sum broadcast(int32_t x) { return splat(x); }
+    static inline Sum add(Sum sum, Ints a, Ints b) {
+        return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
+            reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(a)));
+    }
+    static inline Ints load_b(const Granule* p) { return *reinterpret_cast<const Ints*>(p); }
+    static inline Ints load_a(Granule x) { return splat(x); }
+    static inline Floats value(Sum sum) { return to_floats(sum); }
+};
+#endif
+
+#if defined(SPARGE_BF16_DOT)
+struct DotBFloat16 {
+    using Sum = Floats;
+    using Granule = int32_t;
+    static inline Sum broadcast(float x) { return splat(x); }
+    static inline Sum add(Sum sum, Ints a, Ints b) {
+        return reinterpret_cast<Floats>(_mm512_dpbf16_ps(
+            reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+    }
+    static inline Ints load_b(const Granule* p) { return *reinterpret_cast<const Ints*>(p); }
+    static inline Ints load_a(Granule x) { return splat(x); }
+    static inline Floats value(Sum sum) { return sum; }
+};
+#endif
+
+// A[row][step] = data[row * row_stride + step * step_stride]
+template <class Granule>
+struct Operand {
+    const Granule* data;
+    ptrdiff_t row_stride;
+    ptrdiff_t step_stride;
+};
+
+// Sums of ROWS rows and GROUP queries, kept in registers. `b` is [steps][ldb] granules; `sum` comes initialized.
+template <class Dot, int ROWS>
+inline __attribute__((always_inline)) void accumulate(
+    typename Dot::Sum (&sum)[ROWS][VECTORS], Operand<typename Dot::Granule> a, const typename Dot::Granule* b,
+    ptrdiff_t ldb, int steps) {
+    for (int step = 0; step < steps; ++step) {
+        decltype(Dot::load_b(b)) column[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) column[v] = Dot::load_b(b + v * LANES);
+        for (int row = 0; row < ROWS; ++row) {
+            auto scalar = Dot::load_a(a.data[row * a.row_stride]);
+            for (int v = 0; v < VECTORS; ++v) sum[row][v] = Dot::add(sum[row][v], scalar, column[v]);
+        }
+        a.data += a.step_stride;
+        b += ldb;
+    }
+}
+
+// Scores of `rows` keys and GROUP queries: out[row][query] = product * factor[query] + offset[query].
+// `start` (or null) is what each row's sum starts from. Raises maxima[query].
+template <class Dot, int ROWS>
+inline __attribute__((always_inline)) void score_block(
+    Operand<typename Dot::Granule> a, const typename Dot::Granule* b, int steps, const int32_t* start,
+    const float* factor, const float* offset, float* out, float* maxima) {
+    typename Dot::Sum sum[ROWS][VECTORS];
+    for (int row = 0; row < ROWS; ++row)
+        for (int v = 0; v < VECTORS; ++v) sum[row][v] = Dot::broadcast(start ? start[row] : 0);
+    accumulate<Dot, ROWS>(sum, a, b, Q_TILE, steps);
+    for (int v = 0; v < VECTORS; ++v) {
+        Floats scale = load(factor + v * LANES), shift = load(offset + v * LANES), largest = load(maxima + v * LANES);
+        for (int row = 0; row < ROWS; ++row) {
+            Floats score = Dot::value(sum[row][v]) * scale + shift;
+            store(out + row * GROUP + v * LANES, score);
+            largest = maximum(score, largest);
+        }
+        store(maxima + v * LANES, largest);
+    }
+}
+
+template <class Dot>
+void score_group(
+    Operand<typename Dot::Granule> a, const typename Dot::Granule* b, int steps, const int32_t* start,
+    const float* factor, const float* offset, int rows, float* out, float* maxima) {
+    int row = 0;
+    for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS)
+        score_block<Dot, BLOCK_ROWS>(
+            {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, steps, start ? start + row : nullptr,
+            factor, offset, out + row * GROUP, maxima);
+    for (; row < rows; ++row)
+        score_block<Dot, 1>(
+            {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, steps, start ? start + row : nullptr,
+            factor, offset, out + row * GROUP, maxima);
+}
+
+// out[row][query] = out[row][query] * decay[query] + product, for `rows` channels and GROUP queries.
+template <class Dot, int ROWS>
+inline __attribute__((always_inline)) void value_block(
+    Operand<typename Dot::Granule> a, const typename Dot::Granule* b, int steps, const float* decay, float* out) {
+    Floats sum[ROWS][VECTORS];
+    for (int row = 0; row < ROWS; ++row)
+        for (int v = 0; v < VECTORS; ++v) {
+            sum[row][v] = load(out + row * Q_TILE + v * LANES);
+            if (decay) sum[row][v] *= load(decay + v * LANES);
+        }
+    accumulate<Dot, ROWS>(sum, a, b, GROUP, steps);
+    for (int row = 0; row < ROWS; ++row)
+        for (int v = 0; v < VECTORS; ++v) store(out + row * Q_TILE + v * LANES, sum[row][v]);
+}
+
+template <class Dot>
+void value_group(
+    Operand<typename Dot::Granule> a, const typename Dot::Granule* b, int steps, const float* decay, int rows,
+    float* out) {
+    int row = 0;
+    for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS)
+        value_block<Dot, BLOCK_ROWS>(
+            {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, steps, decay, out + row * Q_TILE);
+    for (; row < rows; ++row)
+        value_block<Dot, 1>(
+            {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, steps, decay, out + row * Q_TILE);
+}
+
+}  // namespace sparge

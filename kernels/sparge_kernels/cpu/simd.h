@@ -1,0 +1,126 @@
+// Vectors of the widest registers the compiler may use, and the few operations that need an instruction of their own.
+// GCC and Clang vector types: AVX-512, AVX2 and NEON from one source. -DSPARGE_GENERIC leaves the special ones out.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if !defined(SPARGE_GENERIC) && defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+#define SPARGE_AVX512 1
+#if defined(__AVX512VNNI__)
+#define SPARGE_INT8_DOT 1  // 4 products u8 x s8 a lane
+#endif
+#if defined(__AVX512BF16__)
+#define SPARGE_BF16_DOT 1  // 2 products bf16 x bf16 a lane
+#endif
+#include <immintrin.h>
+#endif
+
+namespace sparge {
+
+#if defined(SPARGE_AVX512)
+constexpr int LANES = 16;
+constexpr int VECTORS = 4;  // of queries in a product's register block
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+constexpr int VECTORS = 2;  // 16 registers
+#else
+constexpr int LANES = 4;
+constexpr int VECTORS = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4), may_alias));
+typedef Floats UnalignedFloats __attribute__((aligned(4), may_alias));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+inline Floats load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
+inline void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) = x; }
+inline Floats splat(float x) { return x - Floats{}; }
+inline Ints splat(int32_t x) { return x - Ints{}; }
+inline Floats select(Ints mask, Floats yes, Floats no) {
+    return reinterpret_cast<Floats>((reinterpret_cast<Ints>(yes) & mask) | (reinterpret_cast<Ints>(no) & ~mask));
+}
+
+inline float bits_to_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+// a if a > b, else b: a NaN in `a` is passed over.
+inline Floats maximum(Floats a, Floats b) {
+#if defined(SPARGE_AVX512)
+    return reinterpret_cast<Floats>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+    return select(a > b, a, b);
+#endif
+}
+
+inline Floats to_floats(Ints x) {
+#if defined(SPARGE_AVX512)
+    return reinterpret_cast<Floats>(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)));
+#else
+    return __builtin_convertvector(x, Floats);
+#endif
+}
+
+inline bool any(Ints mask) {
+#if defined(SPARGE_AVX512)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#else
+    int32_t all = 0;
+    for (int lane = 0; lane < LANES; ++lane) all |= mask[lane];
+    return all != 0;
+#endif
+}
+
+inline float sum(Floats x) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += x[lane];
+    return total;
+}
+
+// 2^x for x <= 0 or so, 0 for -inf, NaN for NaN. Minimax polynomials of 2^fraction on [0, 1): relative error 7.5e-5
+// of degree 3 (weights that become bf16, whose own rounding is 25 times that), 7.5e-8 of degree 5.
+template <bool PRECISE>
+inline Floats exp2(Floats x) {
+    Floats fraction, value;
+#if defined(SPARGE_AVX512)
+    fraction = reinterpret_cast<Floats>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0x09));  // x - floor(x)
+#else
+    Floats inside = select(x < -127.0f, splat(-127.0f), x);
+    Ints whole = __builtin_convertvector(inside, Ints);  // towards 0
+    whole += (__builtin_convertvector(whole, Floats) > inside);  // a true comparison is -1
+    fraction = inside - __builtin_convertvector(whole, Floats);
+#endif
+    if (PRECISE) {
+        value = fraction * 1.877576673e-3f + 8.989340095e-3f;
+        value = value * fraction + 5.582631805e-2f;
+        value = value * fraction + 2.401536170e-1f;
+        value = value * fraction + 6.931530732e-1f;
+        value = value * fraction + 9.999999251e-1f;
+    } else {
+        value = fraction * 7.802452266e-2f + 2.260671554e-1f;
+        value = value * fraction + 6.958335405e-1f;
+        value = value * fraction + 9.999252186e-1f;
+    }
+#if defined(SPARGE_AVX512)
+    return reinterpret_cast<Floats>(_mm512_scalef_ps(reinterpret_cast<__m512>(value), reinterpret_cast<__m512>(x)));
+#else
+    Floats power = reinterpret_cast<Floats>((whole + 127) << 23);
+    return select(x < -126.0f, splat(0.0f), value * power);  // a NaN compares false and stays
+#endif
+}
+
+}  // namespace sparge

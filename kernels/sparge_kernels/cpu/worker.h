@@ -1,0 +1,340 @@
+// One thread's work on a tile of 128 queries: stage 1 selects its K tiles, an online softmax runs over them (stage 2).
+// Each query is one vector lane: what a lane computes from the tiles it keeps depends on no other query.
+#pragma once
+
+#include "selection.h"
+
+namespace sparge {
+
+// Weights are exp2(score - base). base stays this far above the running maximum when it is raised, so it moves rarely.
+constexpr float HEADROOM = 8.0f;
+constexpr int OFFSETS = 16;  // K tiles whose q . mean is computed at a time
+
+struct Task {  // what one query tile of one head works on
+    const Call& call;
+    const KeyTiles& keys;
+    const MaskTiles& mask;
+    Rows k, v;
+    int64_t b, h, first_query;
+    float skip_below;  // stage 2, in bits
+};
+
+class Worker {
+public:
+    explicit Worker(const Call& call)
+        : query_(call), selection_(ceil_div(call.k_len, K_TILE)), scores_(K_TILE * Q_TILE),
+          exact_scores_(K_TILE * GROUP), weights_(K_TILE * Q_TILE), output_(round_up(call.value_dim, LANES) * Q_TILE),
+          lines_(std::max({round_up(call.dim, LANES), round_up(call.value_dim, LANES), K_TILE}) * Q_TILE),
+          offsets_(OFFSETS * Q_TILE), means_(OFFSETS * round_up(call.dim, LANES)), code_factor_(Q_TILE),
+          running_(Q_TILE), base_(Q_TILE), mass_(Q_TILE), tile_max_(Q_TILE), decay_(Q_TILE) {}
+
+    // K and V of one tile, in the two passes of keys.h.
+    void load_keys(const Call& call, KeyTiles& keys, int64_t b, int64_t h, int tile) {
+        tile_mean(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
+        pack_values(call, Rows(call.v, b, h, call.value_dim, call.dtype), keys, tile, lines_);
+    }
+    void quantize_keys(const Call& call, KeyTiles& keys, int64_t b, int64_t h, int tile) {
+        quantize_tile(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
+    }
+
+    // One query tile of head h; counts kept, skipped and visible K tiles.
+    void run(const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, int32_t* counts);
+
+private:
+    QueryTile query_;
+    Selection selection_;
+    Aligned<float> scores_;        // [groups][K_TILE][GROUP], bits
+    Aligned<float> exact_scores_;  // [K_TILE][GROUP]
+    Aligned<float> weights_;       // [groups][K_TILE / 2][GROUP] pairs of bf16, or [groups][K_TILE][GROUP] fp32
+    Aligned<float> output_;        // [value_dim][Q_TILE]
+    Aligned<float> lines_;
+    Aligned<float> offsets_;       // [OFFSETS][Q_TILE]: q . mean in bits
+    Aligned<float> means_;
+    Aligned<float> code_factor_;
+    Aligned<float> running_, base_, mass_, tile_max_, decay_;  // [Q_TILE]
+
+    void mean_offsets(const KeyTiles& keys, const Selection::Kept* tiles, int count);
+    void score_tile(const Task& task, Selection::Kept kept, const float* offset, int group);
+    void exact_group(const Task& task, int tile, int group, float* out, float* maxima);
+    void blend_exact_rows(const Task& task, int tile, int group);
+    void add_mask(const Task& task, int tile, int group);
+    void hide_future(const Task& task, int tile, int group);
+    bool weigh(int group, bool keep, bool pack, float* gap);
+    void add_values(const Task& task, int tile, int first_group, const bool* rescale);
+    void add_non_finite(const Task& task, int tile);
+    void write(const Task& task);
+};
+
+// offsets_[i][query] = scale * q . mean of tile i, in bits: what centring took from the scores.
+inline void Worker::mean_offsets(const KeyTiles& keys, const Selection::Kept* tiles, int count) {
+    for (int i = 0; i < count; ++i)
+        std::memcpy(
+            means_ + i * keys.padded, &keys.means[size_t(tiles[i].tile) * keys.padded], sizeof(float) * keys.padded);
+    for (int group = 0; group < Q_TILE; group += GROUP) {
+        score_group<DotFloat>(
+            {means_, keys.padded, 1}, query_.wide + group, keys.dim, nullptr, query_.factor + group,
+            query_.offset + group, count, scores_, tile_max_);
+        for (int i = 0; i < count; ++i)
+            std::memcpy(offsets_ + i * Q_TILE + group, scores_ + i * GROUP, sizeof(float) * GROUP);
+    }
+}
+
+inline void Worker::exact_group(const Task& task, int tile, int group, float* out, float* maxima) {
+    ptrdiff_t stride;
+    int count = keys_in_tile(task.call, tile);
+    const float* rows = task.k.get_many(int64_t(tile) * K_TILE, count, lines_, &stride);
+    score_group<DotFloat>(
+        {rows, stride, 1}, query_.wide + group, task.keys.dim, nullptr, query_.factor + group, query_.offset + group,
+        count, out, maxima);
+}
+
+// Scores of one K tile and the GROUP queries from `group` on, in bits, -inf where a key is not seen; and their maxima.
+inline void Worker::score_tile(const Task& task, Selection::Kept kept, const float* offset, int group) {
+    const KeyTiles& keys = task.keys;
+    const int tile = kept.tile, count = keys_in_tile(task.call, tile);
+    float* scores = scores_ + group * K_TILE;
+    float* maxima = tile_max_ + group;
+    for (int i = 0; i < GROUP; i += LANES) store(maxima + i, splat(-INF));
+    for (int i = count * GROUP; i < K_TILE * GROUP; i += LANES) store(scores + i, splat(-INF));
+    if (!task.call.int8 || kept.kind == PARTIAL || keys.exact[tile]) {
+        exact_group(task, tile, group, scores, maxima);
+    } else {
+        for (int i = 0; i < GROUP; i += LANES)
+            store(code_factor_ + i, load(query_.code_factor + group + i) * keys.scales[tile]);
+        const int8_t* codes = &keys.codes[size_t(tile) * K_TILE * keys.code_dim];
+#if defined(SPARGE_INT8_DOT)
+        const int granules = keys.code_dim / 4;
+        score_group<DotInt8>(
+            {reinterpret_cast<const int32_t*>(codes), granules, 1},
+            reinterpret_cast<const int32_t*>(query_.codes + group), granules, &keys.starts[size_t(tile) * K_TILE],
+            code_factor_, offset + group, count, scores, maxima);
+#else
+        for (int i = 0; i < count * keys.code_dim; ++i) lines_[i] = codes[i];
+        score_group<DotFloat>(
+            {lines_, keys.code_dim, 1}, query_.codes + group, keys.dim, nullptr, code_factor_, offset + group, count,
+            scores, maxima);
+#endif
+        if (query_.any_exact) blend_exact_rows(task, tile, group);
+    }
+    if (task.call.mask.data && kept.kind != OPEN) add_mask(task, tile, group);
+    if (task.call.is_causal && kept.kind == PARTIAL) hide_future(task, tile, group);
+}
+
+// Rows that INT8 cannot hold get the exact product; the others keep theirs to the bit.
+inline void Worker::blend_exact_rows(const Task& task, int tile, int group) {
+    float* scores = scores_ + group * K_TILE;
+    float* maxima = tile_max_ + group;
+    float ignored[GROUP] = {};
+    exact_group(task, tile, group, exact_scores_, ignored);
+    for (int i = 0; i < GROUP; i += LANES) {
+        const Ints exact = *reinterpret_cast<const Ints*>(query_.exact + group + i);
+        Floats largest = splat(-INF);
+        for (int at = i; at < keys_in_tile(task.call, tile) * GROUP; at += GROUP) {
+            store(scores + at, select(exact, load(exact_scores_ + at), load(scores + at)));
+            largest = maximum(load(scores + at), largest);
+        }
+        store(maxima + i, largest);
+    }
+}
+
+inline void Worker::add_mask(const Task& task, int tile, int group) {
+    const int count = keys_in_tile(task.call, tile), rows = std::min(GROUP, query_.rows - group);
+    float* scores = scores_ + group * K_TILE;
+    float* numbers = lines_;                      // [GROUP][K_TILE]
+    float* transposed = lines_ + GROUP * K_TILE;  // [K_TILE][GROUP]
+    std::memset(numbers, 0, sizeof(float) * GROUP * K_TILE);
+    for (int i = 0; i < rows; ++i)
+        task.mask.read(
+            task.b, task.h, task.first_query + group + i, int64_t(tile) * K_TILE, count, numbers + i * K_TILE);
+    transpose(numbers, GROUP, K_TILE, K_TILE, transposed, GROUP);
+    for (int i = 0; i < GROUP; i += LANES) {
+        Floats largest = splat(-INF);
+        for (int at = i; at < count * GROUP; at += GROUP) {
+            store(scores + at, load(transposed + at) * LOG2_E + load(scores + at));
+            largest = maximum(load(scores + at), largest);
+        }
+        store(tile_max_ + group + i, largest);
+    }
+}
+
+inline void Worker::hide_future(const Task& task, int tile, int group) {
+    float* scores = scores_ + group * K_TILE;
+    for (int i = 0; i < GROUP; i += LANES) {
+        Ints last_seen;  // of the tile's keys
+        for (int lane = 0; lane < LANES; ++lane)
+            last_seen[lane] = static_cast<int32_t>(task.first_query + group + i + lane - int64_t(tile) * K_TILE);
+        Floats largest = splat(-INF);
+        for (int key = 0; key < K_TILE; ++key) {
+            float* at = scores + key * GROUP + i;
+            store(at, select(splat(key) <= last_seen, load(at), splat(-INF)));
+            largest = maximum(load(at), largest);
+        }
+        store(tile_max_ + group + i, largest);
+    }
+}
+
+// Scores to weights for one group: advances the running softmax; true if the output must decay before it grows.
+// `gap` is raised to the largest of tile maximum - running maximum. `keep`: leave the fp32 weights in scores_.
+inline bool Worker::weigh(int group, bool keep, bool pack, float* gap) {
+    float* scores = scores_ + group * K_TILE;
+    int32_t* pairs = reinterpret_cast<int32_t*>(weights_ + group * K_TILE);
+    Floats largest_gap = splat(-INF);
+    Ints raised_any{};
+    for (int i = 0; i < GROUP; i += LANES) {
+        float *running = running_ + group + i, *base = base_ + group + i;
+        Floats tile_max = load(tile_max_ + group + i), old_base = load(base);
+        Floats new_max = maximum(load(running), tile_max);
+        largest_gap = maximum(tile_max - new_max, largest_gap);
+        Ints raised = new_max > old_base;
+        Floats new_base = select(raised, new_max + HEADROOM, old_base);
+        Floats decay = select(raised, exp2<true>(old_base - new_base), splat(1.0f));
+        store(running, new_max);
+        store(base, new_base);
+        store(decay_ + group + i, decay);
+        raised_any |= raised;
+
+        Floats shift = select(new_base == -INF, splat(0.0f), new_base);
+        Floats mass = load(mass_ + group + i) * decay;
+        float* column = scores + i;
+#if defined(SPARGE_BF16_DOT)
+        if (pack) {
+            const __m512i interleave = _mm512_set_epi16(
+                31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
+                17, 1, 16, 0);
+            for (int key = 0; key < K_TILE; key += 2) {
+                Floats even = exp2<false>(load(column + key * GROUP) - shift);
+                Floats odd = exp2<false>(load(column + (key + 1) * GROUP) - shift);
+                mass += even + odd;
+                if (keep) store(column + key * GROUP, even), store(column + (key + 1) * GROUP, odd);
+                __m512i both = reinterpret_cast<__m512i>(
+                    _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
+                *reinterpret_cast<__m512i*>(pairs + key / 2 * GROUP + i) = _mm512_permutexvar_epi16(interleave, both);
+            }
+        }
+#endif
+        if (!pack)
+            for (int key = 0; key < K_TILE; ++key) {
+                Floats weight = exp2<true>(load(column + key * GROUP) - shift);
+                mass += weight;
+                store(column + key * GROUP, weight);
+            }
+        store(mass_ + group + i, mass);
+    }
+    for (int lane = 0; lane < LANES; ++lane) *gap = largest_gap[lane] > *gap ? largest_gap[lane] : *gap;
+    return any(raised_any);
+}
+
+inline void Worker::add_values(const Task& task, int tile, int first_group, const bool* rescale) {
+    const KeyTiles& keys = task.keys;
+    const int dim = keys.value_dim;
+#if defined(SPARGE_BF16_DOT)
+    if (KeyTiles::packs_values(task.call)) {
+        const int32_t* values = &keys.values[size_t(tile) * K_TILE / 2 * dim];
+        for (int group = first_group; group < Q_TILE; group += GROUP)
+            value_group<DotBFloat16>(
+                {values, 1, dim}, reinterpret_cast<const int32_t*>(weights_ + group * K_TILE), K_TILE / 2,
+                rescale[group / GROUP] ? decay_ + group : nullptr, dim, output_ + group);
+        return;
+    }
+#endif
+    ptrdiff_t stride;
+    const int count = keys_in_tile(task.call, tile);
+    const float* values = task.v.get_many(int64_t(tile) * K_TILE, count, lines_, &stride);
+    if (!keys.finite_values[tile]) {
+        for (int key = 0; key < count; ++key)
+            for (int d = 0; d < dim; ++d)
+                lines_[key * dim + d] = std::fabs(values[key * stride + d]) < INF ? values[key * stride + d] : 0.0f;
+        values = lines_, stride = dim;
+    }
+    for (int group = first_group; group < Q_TILE; group += GROUP)
+        value_group<DotFloat>(
+            {values, 1, stride}, scores_ + group * K_TILE, count, rescale[group / GROUP] ? decay_ + group : nullptr,
+            dim, output_ + group);
+}
+
+// What the numbers of V that are not finite add, each to the queries that see its key only (spread_non_finite).
+inline void Worker::add_non_finite(const Task& task, int tile) {
+    const int count = keys_in_tile(task.call, tile), dim = task.keys.value_dim;
+    float row[MAX_DIM];
+    for (int key = 0; key < count; ++key) {
+        task.v.get(int64_t(tile) * K_TILE + key, row);
+        for (int d = 0; d < dim; ++d) {
+            if (std::fabs(row[d]) < INF) continue;
+            const int64_t hidden = task.call.is_causal ? int64_t(tile) * K_TILE + key - task.first_query : 0;
+            const int first = static_cast<int>(std::max<int64_t>(0, hidden));
+            for (int i = first; i < query_.rows; ++i) {
+                float weight = scores_[i / GROUP * GROUP * K_TILE + key * GROUP + i % GROUP];
+                output_[d * Q_TILE + i] += weight != 0 ? row[d] : NAN;
+            }
+        }
+    }
+}
+
+inline void Worker::write(const Task& task) {
+    const Call& call = task.call;
+    const int dim = static_cast<int>(call.value_dim), padded = round_up(dim, LANES);
+    for (int i = 0; i < Q_TILE; i += LANES) {
+        Floats mass = load(mass_ + i);
+        mass = select(mass == 0.0f, splat(1.0f), mass);
+        for (int d = 0; d < dim; ++d) store(output_ + d * Q_TILE + i, load(output_ + d * Q_TILE + i) / mass);
+    }
+    transpose(output_, padded, Q_TILE, Q_TILE, lines_, padded);
+    const int64_t* strides = call.out.strides;
+    for (int i = 0; i < query_.rows; ++i)
+        write_row(
+            call.out.data, task.b * strides[0] + task.h * strides[1] + (task.first_query + i) * strides[2], strides[3], dim,
+            call.dtype, lines_ + i * padded);
+}
+
+inline void Worker::run(
+    const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, int32_t* counts) {
+    const int64_t kv_head = h / (call.q_heads / call.kv_heads);
+    const Thresholds& thresholds = call.thresholds[h];
+    const Task task{
+        call, keys, mask, Rows(call.k, b, kv_head, call.dim, call.dtype),
+        Rows(call.v, b, kv_head, call.value_dim, call.dtype), b, h, int64_t(tile) * Q_TILE,
+        thresholds.skip_below * LOG2_E};
+    query_.prepare(call, Rows(call.q, b, h, call.dim, call.dtype), tile);
+    const bool has_mask = call.mask.data != nullptr, has_means = has_mask && !mask.means.empty();
+    selection_.run(
+        call, query_, keys, thresholds, Visible(call, tile, query_.rows, keys.count),
+        has_mask ? &mask.kinds[mask.at(b, h, tile)] : nullptr, has_means ? &mask.means[mask.at(b, h, tile)] : nullptr);
+    const std::vector<Selection::Kept>& tiles = selection_.tiles;
+    if (call.kept) {
+        uint8_t* map = call.kept + ((b * call.q_heads + h) * mask.query_tiles + tile) * keys.count;
+        std::memset(map, 0, keys.count);
+        for (Selection::Kept kept : tiles) map[kept.tile] = 1;
+    }
+
+    for (int i = 0; i < Q_TILE; ++i) running_[i] = base_[i] = -INF, mass_[i] = 0;
+    std::memset(output_, 0, sizeof(float) * Q_TILE * round_up(call.value_dim, LANES));
+    const bool pack = KeyTiles::packs_values(call);
+    int32_t skipped = 0;
+    for (size_t at = 0; at < tiles.size(); ++at) {
+        if (call.int8 && at % OFFSETS == 0)
+            mean_offsets(keys, &tiles[at], static_cast<int>(std::min<size_t>(OFFSETS, tiles.size() - at)));
+        const Selection::Kept kept = tiles[at];
+        const bool finite = keys.finite_values[kept.tile];
+        // Queries before the tile see none of it under causal.
+        const int64_t before = call.is_causal ? int64_t(kept.tile) * K_TILE - task.first_query : 0;
+        const int first_group = before > 0 ? static_cast<int>(before) / GROUP * GROUP : 0;
+        float gap = -INF;
+        bool rescale[Q_TILE / GROUP];
+        for (int group = first_group; group < Q_TILE; group += GROUP) {
+            score_tile(task, kept, offsets_ + at % OFFSETS * Q_TILE, group);
+            rescale[group / GROUP] = weigh(group, !finite, pack, &gap);
+        }
+        if (kept.kind != PARTIAL && finite && gap < task.skip_below) {
+            ++skipped;  // no maximum was raised: the output need not decay
+            continue;
+        }
+        add_values(task, kept.tile, first_group, rescale);
+        if (!finite) add_non_finite(task, kept.tile);
+    }
+    write(task);
+    counts[0] = static_cast<int32_t>(tiles.size());
+    counts[1] = skipped;
+    counts[2] = selection_.visible;
+}
+
+}  // namespace sparge
