@@ -108,10 +108,13 @@ struct Rows {
 
     void get(int64_t token, float* row) const { read_row(data, start + token * token_stride, stride, dim, dtype, row); }
 
-    // With zeros up to `padded` numbers.
-    void get(int64_t token, float* row, int padded) const {
-        get(token, row);
-        for (int d = dim; d < padded; ++d) row[d] = 0;
+    // The row with zeros up to `padded` numbers: in place if it needs none, else in `buffer`.
+    const float* get(int64_t token, float* buffer, int padded) const {
+        if (dtype == FLOAT32 && stride == 1 && dim == padded)
+            return static_cast<const float*>(data) + start + token * token_stride;
+        get(token, buffer);
+        for (int d = dim; d < padded; ++d) buffer[d] = 0;
+        return buffer;
     }
 
     // Rows `token`... as fp32 in place if that is what they are, else copied to `buffer` [count][dim].
@@ -126,13 +129,11 @@ struct Rows {
     }
 };
 
-inline bool all_finite(const float* row, int count) {
+// `padded` is whole vectors.
+inline bool all_finite(const float* row, int padded) {
     Ints finite = splat(-1);
-    int i = 0;
-    for (; i + LANES <= count; i += LANES) finite &= maximum(load(row + i), -load(row + i)) < INF;
-    bool result = !any(~finite);
-    for (; i < count; ++i) result &= std::fabs(row[i]) < INF;
-    return result;
+    for (int i = 0; i < padded; i += LANES) finite &= is_finite(load(row + i));
+    return !any(~finite);
 }
 
 }  // namespace sparge

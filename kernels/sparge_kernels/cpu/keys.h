@@ -14,8 +14,9 @@ constexpr int MAX_DIM = 256;  // checks.py
 
 struct KeyTiles {
     int count = 0, dim = 0, value_dim = 0;
-    int padded = 0;      // dim rounded up to whole vectors: rows of means and centres
-    int code_dim = 0;    // dim rounded up to whole granules of 4 codes
+    int padded = 0;        // dim rounded up to whole vectors: rows of means and centres
+    int value_padded = 0;  // the same of value_dim
+    int code_dim = 0;      // dim rounded up to whole granules of 4 codes
     std::vector<float> means, centres;     // [count][padded]
     std::vector<float> similarity;         // [count], NaN where a number is not finite: below every threshold
     std::vector<float> scales;             // [count]
@@ -23,13 +24,14 @@ struct KeyTiles {
     std::vector<uint8_t> finite_values;    // [count]
     std::vector<int8_t> codes;             // [count][K_TILE][code_dim]
     std::vector<int32_t> starts;           // [count][K_TILE]: -128 * sum of a key's codes, for codes + 128 of Q
-    std::vector<int32_t> values;           // [count][K_TILE / 2][value_dim]: pairs of keys in bf16
+    std::vector<int32_t> values;           // [count][K_TILE / 2][value_padded]: pairs of keys in bf16
 
     void resize(const Call& call) {
         count = ceil_div(call.k_len, K_TILE);
         dim = static_cast<int>(call.dim);
         value_dim = static_cast<int>(call.value_dim);
         padded = round_up(dim, LANES);
+        value_padded = round_up(value_dim, LANES);
         code_dim = round_up(dim, 4);
         means.assign(size_t(count) * padded, 0.0f);
         centres.assign(size_t(count) * padded, 0.0f);
@@ -42,7 +44,7 @@ struct KeyTiles {
             starts.assign(size_t(count) * K_TILE, 0);
         }
 #if defined(SPARGE_BF16_DOT)
-        if (packs_values(call)) values.resize(size_t(count) * K_TILE / 2 * value_dim);
+        if (packs_values(call)) values.resize(size_t(count) * K_TILE / 2 * value_padded);
 #endif
     }
 
@@ -62,20 +64,21 @@ inline int keys_in_tile(const Call& call, int tile) {
     return static_cast<int>(left < K_TILE ? left : K_TILE);
 }
 
-// Mean of one tile; and whether K and V are finite there, as similarity 0 or NaN.
-inline void tile_mean(const Call& call, const Rows& k, KeyTiles& keys, int tile, float* row) {
-    float* mean = &keys.means[size_t(tile) * keys.padded];
-    const int count = keys_in_tile(call, tile);
-    bool finite = true;
-    std::memset(mean, 0, sizeof(float) * keys.padded);
+// Mean of one tile; and whether K is finite there, as similarity 0 or NaN. `buffer` is [padded].
+inline void tile_mean(const Call& call, const Rows& k, KeyTiles& keys, int tile, float* buffer) {
+    const int count = keys_in_tile(call, tile), padded = keys.padded;
+    float* mean = &keys.means[size_t(tile) * padded];
+    Ints finite = splat(-1);
+    std::memset(mean, 0, sizeof(float) * padded);
     for (int i = 0; i < count; ++i) {
-        k.get(int64_t(tile) * K_TILE + i, row);
-        finite &= all_finite(row, keys.dim);
-        for (int d = 0; d < keys.dim; ++d) mean[d] += row[d];
+        const float* row = k.get(int64_t(tile) * K_TILE + i, buffer, padded);
+        for (int d = 0; d < padded; d += LANES) {
+            store(mean + d, load(mean + d) + load(row + d));
+            finite &= is_finite(load(row + d));
+        }
     }
-    for (int d = 0; d < keys.dim; ++d) mean[d] /= static_cast<float>(count);
-    finite &= all_finite(mean, keys.dim);
-    keys.similarity[tile] = finite ? 0.0f : NAN;
+    for (int d = 0; d < padded; d += LANES) store(mean + d, load(mean + d) / static_cast<float>(count));
+    keys.similarity[tile] = !any(~finite) && all_finite(mean, padded) ? 0.0f : NAN;
 }
 
 // What each tile is centred by before its self-similarity: the mean of all keys, under causal of the keys so far.
@@ -114,16 +117,18 @@ inline float similarity_of(const float* total, int padded, int rows) {
 
 inline float largest_magnitude(const float* row, int padded) {
     Floats largest{};
-    for (int d = 0; d < padded; d += LANES) largest = maximum(maximum(load(row + d), -load(row + d)), largest);
+    for (int d = 0; d < padded; d += LANES) largest = maximum(magnitude(load(row + d)), largest);
     float result = 0;
     for (int lane = 0; lane < LANES; ++lane) result = largest[lane] > result ? largest[lane] : result;
     return result;
 }
 
-inline void row_codes(const float* row, int dim, float scale, int8_t* codes) {
-    for (int d = 0; d < dim; ++d) {
-        float code = std::nearbyint(row[d] / scale);
-        codes[d] = static_cast<int8_t>(code < -LARGEST_CODE ? -LARGEST_CODE : code > LARGEST_CODE ? LARGEST_CODE : code);
+// row / scale to the nearest integers; `codes` has room for `padded`.
+inline void row_codes(const float* row, int padded, float scale, int8_t* codes) {
+    for (int d = 0; d < padded; d += LANES) {
+        Floats code = load(row + d) / scale;
+        code = maximum(code, splat(-LARGEST_CODE));
+        store_int8(codes + d, -maximum(-code, splat(-LARGEST_CODE)));
     }
 }
 
@@ -143,15 +148,15 @@ inline void quantize_tile(const Call& call, const Rows& k, KeyTiles& keys, int t
     float centred[MAX_DIM];
     float typical = 0, largest = 0;
     for (int i = 0; i < count; ++i) {
-        float* row = rows + i * padded;
-        k.get(int64_t(tile) * K_TILE + i, row, padded);
+        float* line = rows + i * padded;
+        const float* row = k.get(int64_t(tile) * K_TILE + i, line, padded);
         for (int d = 0; d < padded; d += LANES) store(centred + d, load(row + d) - load(centre + d));
         add_unit_row(centred, padded, total);
         if (!call.int8) continue;
-        for (int d = 0; d < padded; d += LANES) store(row + d, load(row + d) - load(mean + d));
-        float magnitude = largest_magnitude(row, padded);
-        typical += magnitude;
-        largest = magnitude > largest ? magnitude : largest;
+        for (int d = 0; d < padded; d += LANES) store(line + d, load(row + d) - load(mean + d));
+        const float row_largest = largest_magnitude(line, padded);
+        typical += row_largest;
+        largest = row_largest > largest ? row_largest : largest;
     }
     bool finite = keys.similarity[tile] == 0.0f;
     if (finite && keys.finite_values[tile]) keys.similarity[tile] = similarity_of(total, padded, count);
@@ -161,38 +166,47 @@ inline void quantize_tile(const Call& call, const Rows& k, KeyTiles& keys, int t
     bool exact = !finite || !usable_scale(largest) || largest > OUTLIER_RATIO * (typical / static_cast<float>(count));
     keys.exact[tile] = exact;
     keys.scales[tile] = exact ? 0.0f : largest / LARGEST_CODE;
-    if (exact || largest == 0) return;  // codes stay zero
+    int8_t* codes = &keys.codes[size_t(tile) * K_TILE * keys.code_dim];
+    int32_t* starts = &keys.starts[size_t(tile) * K_TILE];
+    std::memset(codes, 0, size_t(K_TILE) * keys.code_dim);
+    std::memset(starts, 0, sizeof(int32_t) * K_TILE);
+    if (keys.scales[tile] == 0) return;
+    int8_t line[MAX_DIM];
     for (int i = 0; i < count; ++i) {
-        int8_t* codes = &keys.codes[(size_t(tile) * K_TILE + i) * keys.code_dim];
-        row_codes(rows + i * padded, keys.dim, keys.scales[tile], codes);
-        int32_t total_codes = 0;
-        for (int d = 0; d < keys.dim; ++d) total_codes += codes[d];
-        keys.starts[size_t(tile) * K_TILE + i] = -128 * total_codes;
+        row_codes(rows + i * padded, padded, keys.scales[tile], line);
+        std::memcpy(codes + i * keys.code_dim, line, keys.code_dim);
+        for (int d = 0; d < keys.code_dim; ++d) starts[i] -= 128 * line[d];
     }
 }
 
-// bf16 of x, kept finite: what is no number or infinite becomes 0 (attention.cpp adds its effect apart).
-inline uint32_t packed_value(float x) {
-    if (!(std::fabs(x) < INF)) return 0;
-    uint16_t bits = float_to_bfloat16(x);
-    return (bits & 0x7fff) == 0x7f80 ? bits - 1u : bits;  // rounding up to infinity is undone
-}
-
-inline void pack_values(const Call& call, const Rows& v, KeyTiles& keys, int tile, float* rows) {
-    const int count = keys_in_tile(call, tile), dim = keys.value_dim;
-    bool finite = true;
-    for (int i = 0; i < count; ++i) {
-        v.get(int64_t(tile) * K_TILE + i, rows + i * dim);
-        finite &= all_finite(rows + i * dim, dim);
+// V of one tile as pairs of bf16, and whether it is finite. What is no number or infinite becomes 0 (worker.h adds its
+// effect apart); what bf16 would round up to infinity stays finite. `buffer` is [2][value_padded].
+inline void pack_values(const Call& call, const Rows& v, KeyTiles& keys, int tile, float* buffer) {
+    const int count = keys_in_tile(call, tile), padded = keys.value_padded;
+    Ints finite = splat(-1);
+#if defined(SPARGE_BF16_DOT)
+    const Floats most = splat(bits_to_float(0x7f7f0000));
+    int32_t* pairs = KeyTiles::packs_values(call) ? &keys.values[size_t(tile) * K_TILE / 2 * padded] : nullptr;
+    if (pairs) std::memset(pairs, 0, sizeof(int32_t) * K_TILE / 2 * padded);
+#endif
+    for (int i = 0; i < count; i += 2) {
+        const float* even = v.get(int64_t(tile) * K_TILE + i, buffer, padded);
+        const bool has_odd = i + 1 < count;
+        const float* odd = has_odd ? v.get(int64_t(tile) * K_TILE + i + 1, buffer + padded, padded) : even;
+        for (int d = 0; d < padded; d += LANES) {
+            Floats values[2] = {load(even + d), has_odd ? load(odd + d) : Floats{}};
+            for (Floats& x : values) {
+                finite &= is_finite(x);
+#if defined(SPARGE_BF16_DOT)
+                x = select(is_finite(x), -maximum(-maximum(x, -most), -most), Floats{});
+#endif
+            }
+#if defined(SPARGE_BF16_DOT)
+            if (pairs) store(pairs + i / 2 * padded + d, pack_bf16(values[0], values[1]));
+#endif
+        }
     }
-    keys.finite_values[tile] = finite;
-    if (!KeyTiles::packs_values(call)) return;
-    for (int i = count; i < round_up(count, 2); ++i) std::memset(rows + i * dim, 0, sizeof(float) * dim);
-    int32_t* pairs = &keys.values[size_t(tile) * K_TILE / 2 * dim];
-    for (int i = 0; i < K_TILE / 2; ++i)
-        for (int d = 0; d < dim; ++d)
-            pairs[i * dim + d] = 2 * i >= count ? 0 : static_cast<int32_t>(
-                packed_value(rows[2 * i * dim + d]) | packed_value(rows[(2 * i + 1) * dim + d]) << 16);
+    keys.finite_values[tile] = !any(~finite);
 }
 
 }  // namespace sparge

@@ -84,20 +84,23 @@ struct QueryTile {
         std::memset(mean, 0, sizeof(float) * padded);
         float total[MAX_DIM] = {};
         for (int i = 0; i < rows; ++i) {
-            float* row = lines + i * padded;
-            q.get(first + i, row, padded);
-            for (int d = 0; d < padded; d += LANES) store(mean + d, load(mean + d) + load(row + d));
-            add_unit_row(row, padded, total);
+            float* line = lines + i * padded;
+            const float* row = q.get(first + i, line, padded);
+            for (int d = 0; d < padded; d += LANES) {
+                store(line + d, load(row + d));
+                store(mean + d, load(mean + d) + load(row + d));
+            }
+            add_unit_row(line, padded, total);
         }
         std::memset(lines + rows * padded, 0, sizeof(float) * (Q_TILE - rows) * padded);
         for (int d = 0; d < padded; ++d) mean[d] /= static_cast<float>(rows);
-        similarity = all_finite(mean, dim) ? similarity_of(total, padded, rows) : NAN;
+        similarity = all_finite(mean, padded) ? similarity_of(total, padded, rows) : NAN;
         transpose(lines, Q_TILE, padded, padded, wide, Q_TILE);
         for (int i = 0; i < Q_TILE; ++i) {
             factor[i] = call.scale * LOG2_E;
             offset[i] = i < rows ? 0 : -INF;
         }
-        if (call.int8) quantize(call, dim, padded);
+        if (call.int8) quantize(call, padded);
     }
 
     int8_t code(int query, int d) const {
@@ -110,37 +113,38 @@ struct QueryTile {
     }
 
 private:
-    // One scale per row.
-    void quantize(const Call& call, int dim, int padded) {
+    // One scale per row. A granule is 4 codes of a query: as fp32 lines, granules are transposed like channels.
+    void quantize(const Call& call, int padded) {
         any_exact = false;
-        for (int i = 0; i < rows; ++i) {
+        for (int i = 0; i < Q_TILE; ++i) {
             const float* row = lines + i * padded;
-            float largest = largest_magnitude(row, padded);
-            exact[i] = usable_scale(largest) && all_finite(row, dim) ? 0 : -1;
+            const float largest = largest_magnitude(row, padded);
+            exact[i] = usable_scale(largest) && all_finite(row, padded) ? 0 : -1;
             any_exact |= exact[i] != 0;
-            float scale = exact[i] ? 0.0f : largest / LARGEST_CODE;
+            const float scale = exact[i] ? 0.0f : largest / LARGEST_CODE;
             code_factor[i] = scale * (call.scale * LOG2_E);
-            row_codes_to_granules(row, dim, scale, i);
+            int8_t line[MAX_DIM] = {};
+            if (scale != 0) row_codes(row, padded, scale, line);
+            write_codes(line, padded, i);
         }
-        for (int i = rows; i < Q_TILE; ++i) {
-            exact[i] = 0;
-            code_factor[i] = 0;
-            row_codes_to_granules(nullptr, dim, 0.0f, i);
-        }
+#if defined(SPARGE_INT8_DOT)
+        const int granules = round_up(padded / 4, LANES);
+        transpose(lines, Q_TILE, granules, granules, codes, Q_TILE);
+#endif
     }
 
-    void row_codes_to_granules(const float* row, int dim, float scale, int query) {
-        int8_t line[MAX_DIM + 4] = {};
-        if (scale != 0) row_codes(row, dim, scale, line);
+    // The codes of query i, in the place of its line or of one before it, which is done with.
+    void write_codes(const int8_t* line, int padded, int i) {
 #if defined(SPARGE_INT8_DOT)
-        for (int d = 0; d < dim; d += 4) {
+        float* target = lines + i * round_up(padded / 4, LANES);
+        for (int d = 0; d < padded; d += 4) {
             uint32_t granule;
             std::memcpy(&granule, line + d, 4);
             granule ^= 0x80808080u;  // + 128
-            std::memcpy(codes + (d / 4) * Q_TILE + query, &granule, 4);
+            std::memcpy(target + d / 4, &granule, 4);
         }
 #else
-        for (int d = 0; d < dim; ++d) codes[d * Q_TILE + query] = line[d];
+        for (int d = 0; d < padded; ++d) codes[d * Q_TILE + i] = line[d];
 #endif
     }
 };

@@ -35,11 +35,13 @@ constexpr int VECTORS = 4;
 typedef float Floats __attribute__((vector_size(LANES * 4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4), may_alias));
 typedef Floats UnalignedFloats __attribute__((aligned(4), may_alias));
+typedef Ints UnalignedInts __attribute__((aligned(4), may_alias));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 inline Floats load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
 inline void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) = x; }
+inline void store(int32_t* p, Ints x) { *reinterpret_cast<UnalignedInts*>(p) = x; }
 inline Floats splat(float x) { return x - Floats{}; }
 inline Ints splat(int32_t x) { return x - Ints{}; }
 inline Floats select(Ints mask, Floats yes, Floats no) {
@@ -74,6 +76,30 @@ inline Floats to_floats(Ints x) {
     return __builtin_convertvector(x, Floats);
 #endif
 }
+
+inline Floats magnitude(Floats x) { return maximum(x, -x); }  // NaN stays NaN
+inline Ints is_finite(Floats x) { return magnitude(x) < INF; }
+
+// Integers nearest to x, ties to even, as int8; |x| < 128.
+inline void store_int8(int8_t* p, Floats x) {
+#if defined(SPARGE_AVX512)
+    __m512i whole = _mm512_cvtps_epi32(reinterpret_cast<__m512>(x));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
+#else
+    for (int lane = 0; lane < LANES; ++lane) p[lane] = static_cast<int8_t>(std::nearbyint(x[lane]));
+#endif
+}
+
+#if defined(SPARGE_BF16_DOT)
+// Pairs of bf16, `even` in the low halves.
+inline Ints pack_bf16(Floats even, Floats odd) {
+    const __m512i interleave = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+        16, 0);
+    __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
+    return reinterpret_cast<Ints>(_mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(both)));
+}
+#endif
 
 inline bool any(Ints mask) {
 #if defined(SPARGE_AVX512)

@@ -175,9 +175,8 @@ inline void Worker::hide_future(const Task& task, int tile, int group) {
 
 // Scores to weights for one group: advances the running softmax; true if the output must decay before it grows.
 // `gap` is raised to the largest of tile maximum - running maximum. `keep`: leave the fp32 weights in scores_.
-inline bool Worker::weigh(int group, bool keep, bool pack, float* gap) {
+inline bool Worker::weigh(int group, [[maybe_unused]] bool keep, bool pack, float* gap) {
     float* scores = scores_ + group * K_TILE;
-    int32_t* pairs = reinterpret_cast<int32_t*>(weights_ + group * K_TILE);
     Floats largest_gap = splat(-INF);
     Ints raised_any{};
     for (int i = 0; i < GROUP; i += LANES) {
@@ -198,17 +197,13 @@ inline bool Worker::weigh(int group, bool keep, bool pack, float* gap) {
         float* column = scores + i;
 #if defined(SPARGE_BF16_DOT)
         if (pack) {
-            const __m512i interleave = _mm512_set_epi16(
-                31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
-                17, 1, 16, 0);
+            int32_t* pairs = reinterpret_cast<int32_t*>(weights_ + group * K_TILE);
             for (int key = 0; key < K_TILE; key += 2) {
                 Floats even = exp2<false>(load(column + key * GROUP) - shift);
                 Floats odd = exp2<false>(load(column + (key + 1) * GROUP) - shift);
                 mass += even + odd;
                 if (keep) store(column + key * GROUP, even), store(column + (key + 1) * GROUP, odd);
-                __m512i both = reinterpret_cast<__m512i>(
-                    _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
-                *reinterpret_cast<__m512i*>(pairs + key / 2 * GROUP + i) = _mm512_permutexvar_epi16(interleave, both);
+                store(pairs + key / 2 * GROUP + i, pack_bf16(even, odd));
             }
         }
 #endif
@@ -229,10 +224,10 @@ inline void Worker::add_values(const Task& task, int tile, int first_group, cons
     const int dim = keys.value_dim;
 #if defined(SPARGE_BF16_DOT)
     if (KeyTiles::packs_values(task.call)) {
-        const int32_t* values = &keys.values[size_t(tile) * K_TILE / 2 * dim];
+        const int32_t* values = &keys.values[size_t(tile) * K_TILE / 2 * keys.value_padded];
         for (int group = first_group; group < Q_TILE; group += GROUP)
             value_group<DotBFloat16>(
-                {values, 1, dim}, reinterpret_cast<const int32_t*>(weights_ + group * K_TILE), K_TILE / 2,
+                {values, 1, keys.value_padded}, reinterpret_cast<const int32_t*>(weights_ + group * K_TILE), K_TILE / 2,
                 rescale[group / GROUP] ? decay_ + group : nullptr, dim, output_ + group);
         return;
     }
