@@ -32,7 +32,7 @@ from torch import Tensor
 from sparge_kernels.checks import check_call, check_mask, check_static, supported_device
 from sparge_kernels.thresholds import unpack
 
-__all__ = ["StatsRecord", "check_static", "record_stats", "supported_device", "unavailable"]
+__all__ = ["StatsRecord", "check_static", "record_stats", "supported_device", "unavailable", "unmeasured"]
 
 _ARGUMENTS = (
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float[] thresholds, "
@@ -79,6 +79,13 @@ def unavailable(device: torch.device, has_mask: bool = False) -> str | None:
     from sparge_kernels import cpu
 
     return supported_device(device) or cpu.unavailable(has_mask)
+
+
+def unmeasured(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if a measured break-even length holds for this machine and dtype, else why none does."""
+    from sparge_kernels import cpu
+
+    return cpu.unmeasured(dtype) if device.type == "cpu" else None
 
 
 def _run(

@@ -8,6 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import sparge_compile as sparge
 from sparge_compile import Policy, StrictPolicyError
+from sparge_compile.thresholds import BREAK_EVEN
 from sparge_kernels.cpu import KERNEL_VARIABLE, blocked, build, native
 
 INPUTS = qkv()
@@ -92,3 +93,13 @@ def test_an_unknown_kernel_is_an_error_that_names_the_known_ones(monkeypatch):
     monkeypatch.setenv(KERNEL_VARIABLE, "fast")
     with pytest.raises(ValueError, match="'fast' is no CPU kernel; allowed: native, blocked"):
         sparge.attention(*INPUTS)
+
+
+def test_bf16_on_a_cpu_with_amx_is_dense_unless_a_length_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "CPU_INFO", tmp_path / "cpuinfo")
+    build.CPU_INFO.write_text("flags : avx512f amx_bf16 amx_tile\n")
+    monkeypatch.setitem(BREAK_EVEN, "cpu", 0)
+    inputs = qkv(dtype=torch.bfloat16)
+    reasons = [run(attention, *inputs, policy=Policy(min_tokens=n))[1].reason for n in (None, 0)]
+    assert "AMX" in reasons[0] and "set min_tokens" in reasons[0] and not reasons[1]
+    assert run(attention, *INPUTS, policy=Policy())[1].rewritten == [True]

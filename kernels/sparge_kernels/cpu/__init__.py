@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparge_kernels.thresholds import Thresholds
@@ -35,6 +36,16 @@ def unavailable(has_mask: bool) -> str | None:
     except build.Unavailable as error:
         return f"the native CPU kernel is not available: {error}"
     return None
+
+
+def unmeasured(dtype: torch.dtype) -> str | None:
+    """None if the default break-even length was measured for CPUs like this one, else why it says nothing here."""
+    from sparge_kernels.cpu import build
+
+    if dtype == torch.float32 or "amx_tile" not in build.cpu_features().split():
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"on a CPU with AMX dense {name} attention is many times faster, and the kernel was not measured against it"
 
 
 def attention(

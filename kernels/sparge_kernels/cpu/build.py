@@ -91,7 +91,7 @@ def load(
 
 def library_path(arch: str | None = None, *, extra: Sequence[str] = ()) -> Path:
     """Where the library lies, or will once it is built."""
-    key = hashlib.sha256(repr((_flags(arch, extra), platform.machine(), _cpu_features())).encode())
+    key = hashlib.sha256(repr((_flags(arch, extra), platform.machine(), cpu_features())).encode())
     for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         content = path.read_bytes()
         key.update(f"{path.name} {len(content)} ".encode() + content)
@@ -112,7 +112,8 @@ def _flags(arch: str | None, extra: Sequence[str]) -> tuple[str, ...]:
     return (*FLAGS, arch, *extra)
 
 
-def _cpu_features() -> str:
+def cpu_features() -> str:
+    """This CPU's feature flags in the words of its system, in order."""
     with suppress(OSError):
         for line in CPU_INFO.read_text().splitlines():
             name, _, value = line.partition(":")
