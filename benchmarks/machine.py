@@ -1,0 +1,40 @@
+"""What a measurement must say about the machine it was made on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from sparge_kernels import cpu
+
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def describe(threads: int) -> dict[str, str]:
+    """Facts for the head of a table and for JSON, in words."""
+    facts = cpu_facts()
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    has = [f"{name} {'yes' if name in flags else 'no'}" for name in INSTRUCTION_SETS]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "CPU": facts.get("model name") or platform.processor() or platform.machine(),
+        "instruction sets": ", ".join(has),
+        "threads": f"{threads} of {os.cpu_count()} CPUs",
+        "load average": ", ".join(f"{load:.2f}" for load in os.getloadavg()),
+        "CPU kernel": cpu.chosen_kernel(),
+    }
+
+
+def cpu_facts() -> dict[str, str]:
+    """The first processor's entry in /proc/cpuinfo; empty where there is none."""
+    try:
+        entry = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in entry.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
