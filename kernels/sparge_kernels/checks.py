@@ -68,8 +68,8 @@ def check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor, *, is_causa
         return
     if is_causal:
         raise ValueError("attn_mask and is_causal=True are given together; put causality into the mask.")
-    if attn_mask.dtype not in (torch.bool, *DTYPES):
-        raise TypeError(f"attn_mask is {attn_mask.dtype}; bool, {_names(DTYPES)} are allowed. Cast it.")
+    if attn_mask.dtype not in (torch.bool, query.dtype):
+        raise TypeError(f"attn_mask is {attn_mask.dtype}; bool and query's {query.dtype} are allowed. Cast it.")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask is on {attn_mask.device}, query on {query.device}. Move it.")
     wanted = (*query.shape[:3], key.shape[2])

@@ -46,10 +46,11 @@ def mask_tiles(mask: Tensor) -> MaskTiles:
     """Sorts the tiles of an additive mask [..., Sq, Sk]."""
     largest = _split(mask, -torch.inf).amax((-2, -1))
     smallest = _split(mask, torch.inf).amin((-2, -1))
-    means = _split(mask, 0).sum((-2, -1)) / _split(torch.ones_like(mask), 0).sum((-2, -1))
+    # fp64: the sum of a tile of the largest numbers is a number too.
+    means = _split(mask.double(), 0).sum((-2, -1)) / _split(torch.ones_like(mask), 0).sum((-2, -1))
     hidden = largest == -torch.inf
     plain = (largest < torch.inf) & (largest - smallest <= MASK_SPREAD)  # NaN is not
-    return MaskTiles(hidden, ~hidden & ~plain, torch.where(plain, means, 0))
+    return MaskTiles(hidden, ~hidden & ~plain, torch.where(plain, means, 0).to(mask.dtype))
 
 
 def causal_tiles(q_len: int, k_len: int, is_causal: bool, dtype: torch.dtype, device: torch.device) -> MaskTiles:

@@ -6,7 +6,7 @@ Arguments of both:
     query [B, Hq, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv]: one dtype (fp32, bf16 or fp16), one
         device, any strides. Hq == Hkv, or Hq a multiple of Hkv with enable_gqa (repeat_interleave semantics).
     thresholds: 4 numbers for all heads or for each query head, see thresholds.pack.
-    attn_mask: bool (True is "attend") or floating, [B or 1, Hq or 1, Sq or 1, Sk or 1]; not with is_causal.
+    attn_mask: bool (True is "attend") or query's dtype, [B or 1, Hq or 1, Sq or 1, Sk or 1]; not with is_causal.
     is_causal: top-left aligned. scale: default 1 / sqrt(D).
     precision: "int8" or "none" (no quantization).
     min_tokens: a call with fewer queries or keys runs dense (density 1, pv_skipped 0).
@@ -150,8 +150,6 @@ def _dense(
     if scale is not None and scale <= 0:
         # CPU SDPA gives NaN for a causal call with scale <= 0: let q carry the sign.
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.to(q.dtype)  # the dense call takes no other
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask, **options))
 

@@ -62,15 +62,15 @@ def proxy_scores(q_means: Tensor, k_means: Tensor, scale: float) -> Tensor:
 def keep_largest(proxy: Tensor, candidates: Tensor, threshold: Thresholds) -> Tensor:
     """The candidates one head keeps: proxy scores [..., nQ, nK] and a bool mask -> bool [..., nQ, nK].
 
-    The largest softmax weights until their sum reaches `cdf` (the tile that crosses it is kept), or the best
-    ceil(topk * candidates) of the row. Equal weights: the lower tile index first. A row whose proxy softmax
+    The largest scores until their softmax weights reach `cdf` (the tile that crosses it is kept), or the best
+    ceil(topk * candidates) of the row. Equal scores: the lower tile index first. A row whose proxy softmax
     is not a number cannot be predicted: all its candidates are kept.
     """
     weights = torch.softmax(proxy.masked_fill(~candidates, -torch.inf), dim=-1)
-    # A candidate whose weight underflows to 0 must still rank before a tile that is no candidate.
-    order = weights.masked_fill(~candidates, -1).argsort(dim=-1, descending=True, stable=True)
+    # By score, not weight: weights that underflow to 0 are all equal.
+    order = proxy.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     if threshold.topk is not None:
-        allowed = (candidates.sum(-1, keepdim=True) * threshold.topk - _CEIL_SLACK).ceil().clamp(min=1)
+        allowed = (candidates.sum(-1, keepdim=True).double() * threshold.topk - _CEIL_SLACK).ceil().clamp(min=1)
         ranked = torch.arange(proxy.shape[-1], device=proxy.device) < allowed
     elif threshold.cdf >= 1:
         return candidates

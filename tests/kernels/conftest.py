@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sparge_kernels.cpu import KERNEL_VARIABLE
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -15,3 +17,9 @@ def one_thread() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def default_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests name the kernel they run."""
+    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)

@@ -1,9 +1,12 @@
-"""What the kernel tests share: reference and blocked kernel behind one signature, dense truth, odd layouts."""
+"""What the kernel tests share: all kernels behind one signature, dense truth, odd layouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparge_kernels import ops, reference
+from sparge_kernels import cpu, ops, reference
 from sparge_kernels.thresholds import NEVER_SKIP, Thresholds, pack
 
 KEEP_ALL = Thresholds(topk=1.0, cdf=1.0, similarity=-1.0, pv=NEVER_SKIP)
@@ -23,7 +26,7 @@ assert ops  # importing it registers the operator
 
 @dataclass(frozen=True)
 class Result:
-    """Output and statistics, from either implementation."""
+    """Output and statistics, from any implementation."""
 
     output: Tensor
     density: Tensor
@@ -38,29 +41,69 @@ def run_reference(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Threshol
     return Result(result.output, result.density, result.pv_skipped)
 
 
-def run_blocked(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **kwargs: object) -> Result:
+def run_native(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **kwargs: object) -> Result:
     operator = torch.ops.sparge.attention_with_stats.default
     return Result(*operator(q, k, v, thresholds=pack(thresholds), enable_gqa=True, **kwargs))
 
 
-both_kernels = pytest.mark.parametrize("kernel", [run_reference, run_blocked], ids=["reference", "blocked"])
+def run_blocked(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **kwargs: object) -> Result:
+    with blocked_kernel():
+        return run_native(q, k, v, thresholds, **kwargs)
+
+
+@contextmanager
+def blocked_kernel() -> Iterator[None]:
+    """The operator runs the blocked kernel inside."""
+    with mock.patch.dict(os.environ, {cpu.KERNEL_VARIABLE: "blocked"}):
+        yield
+
+
+every_kernel = pytest.mark.parametrize(
+    "kernel", [run_reference, run_blocked, run_native], ids=["reference", "blocked", "native"]
+)
+cpu_kernels = pytest.mark.parametrize("kernel", [run_blocked, run_native], ids=["blocked", "native"])
+masking_kernels = pytest.mark.parametrize("kernel", [run_reference, run_native], ids=["reference", "native"])
 both_causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 both_precisions = pytest.mark.parametrize("precision", ["int8", "none"])
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, scale: float | None = None) -> Tensor:
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
     """fp64 SDPA; causal through a mask, because CPU SDPA is wrong for is_causal with a negative scale.
 
     The math kernel, because the CPU flash kernel gives 0 for a NaN row when there are very few keys.
+    `dtype`: fp32 where rounding is part of the answer, as -1e9 + score is -1e9.
     """
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if is_causal else None
-    wide = (x.double() for x in (q, k, v))
+    if is_causal:
+        attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(dtype)
+    wide = (x.to(dtype) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(*wide, attn_mask=attn_mask, scale=scale, enable_gqa=True)
 
 
 def relative_l1(output: Tensor, expected: Tensor) -> float:
     return float((output.double() - expected.double()).abs().sum() / expected.double().abs().sum())
+
+
+def kernel_error(kernel: Kernel, dtype: torch.dtype, precision: str = "int8") -> float:
+    """Most a kernel's output may err before its last rounding, as a share of the same attention over |V|.
+
+    The native kernel rounds weights to bf16 (2^-8 each) if the scores are INT8 or the inputs bf16, and with them the
+    values. The rest is fp32 rounding of scores and sums; 2^-11 more allows for an INT8 code that it moves by one.
+    """
+    if kernel is not run_native or (precision == "none" and dtype != torch.bfloat16):
+        return 2e-5
+    return 2**-8 * (1 if dtype == torch.bfloat16 else 2) + 2**-11
 
 
 def random_qkv(

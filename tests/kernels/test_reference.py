@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -80,13 +81,12 @@ def test_kept_mass_reaches_tau_with_no_tile_to_spare(tau):
     assert (weights.masked_fill(kept, -1).amax(-1) <= least).all()
 
 
-@pytest.mark.parametrize("topk", [0.001, 0.07, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("tiles_count", [1, 10, 50, 100])
+@pytest.mark.parametrize("topk", ["0.001", "0.07", "0.09", "0.3", "0.5", "1.0"])
+@pytest.mark.parametrize("tiles_count", [1, 10, 50, 100, 600, 1400])
 def test_topk_keeps_the_best_share_rounded_up(topk, tiles_count):
     proxy = torch.randn(1, 3, tiles_count)
-    kept = predict.keep_largest(proxy, torch.ones_like(proxy, dtype=torch.bool), Thresholds(topk, 1.0, 0, None))
-    expected = max(1, math.ceil(round(topk * tiles_count, 6)))
-    assert kept.sum(-1).tolist() == [[expected] * 3]
+    kept = predict.keep_largest(proxy, torch.ones_like(proxy, dtype=torch.bool), Thresholds(float(topk), 1.0, 0, None))
+    assert kept.sum(-1).tolist() == [[math.ceil(Fraction(topk) * tiles_count)] * 3]
     assert (proxy.masked_fill(kept, -torch.inf).amax(-1) < proxy.masked_fill(~kept, torch.inf).amin(-1)).all()
 
 

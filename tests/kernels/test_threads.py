@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+from kernel_cases import blocked_kernel
 
-from sparge_kernels import ops  # noqa: F401 - registers the operator
 from sparge_kernels.cpu import threads
 from sparge_kernels.thresholds import Thresholds, pack
 
@@ -25,7 +25,8 @@ def two_threads():
 
 
 def attend(inputs):
-    return torch.ops.sparge.attention.default(*inputs, **OPTIONS)
+    with blocked_kernel():
+        return torch.ops.sparge.attention.default(*inputs, **OPTIONS)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ struct Tensor {  // [batch, heads, tokens, dim], strides in elements
 };
 
 struct Thresholds {
-    float topk;        // 0: use cdf
+    double topk;       // 0: use cdf
     float cdf;
     float similarity;
     float skip_below;  // stage 2's lambda in nats

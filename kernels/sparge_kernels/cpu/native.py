@@ -22,7 +22,7 @@ class _Tensor(ctypes.Structure):
 
 
 class _Thresholds(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_float) for name in ("topk", "cdf", "similarity", "skip_below"))
+    _fields_ = (("topk", ctypes.c_double), *((name, ctypes.c_float) for name in ("cdf", "similarity", "skip_below")))
 
 
 class Call(ctypes.Structure):

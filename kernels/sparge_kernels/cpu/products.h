@@ -53,7 +53,13 @@ struct DotBFloat16 {
             reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
     }
     static inline Ints load_b(const Granule* p) { return *reinterpret_cast<const Ints*>(p); }
-    static inline Ints load_a(Granule x) { return splat(x); }
+    static inline Ints load_a(Granule x) {
+        Ints all = splat(x);
+#if defined(__clang__) && (__clang_major__ == 16 || __clang_major__ == 17)
+        asm("" : "+v"(all));  // they crash on a broadcast that is used as bf16 (LLVM's issue 68117)
+#endif
+        return all;
+    }
     static inline Floats value(Sum sum) { return sum; }
 };
 #endif

@@ -6,7 +6,7 @@
 
 namespace sparge {
 
-constexpr float CEIL_SLACK = 1e-6f;  // predict.py
+constexpr double CEIL_SLACK = 1e-6;  // predict.py
 
 // The K tiles a query tile sees whole (< past) and the diagonal ones it sees in part (past <= tile < end).
 struct Visible {
@@ -86,8 +86,8 @@ private:
         if (!is_number || std::fabs(largest) == INF) return take(ranked_.size());
         auto before = [](const Candidate& a, const Candidate& b) { return a.before(b); };
         if (t.topk > 0) {
-            float allowed = std::ceil(static_cast<float>(ranked_.size()) * t.topk - CEIL_SLACK);
-            size_t count = std::min(ranked_.size(), static_cast<size_t>(std::max(1.0f, allowed)));
+            const double allowed = std::ceil(static_cast<double>(ranked_.size()) * t.topk - CEIL_SLACK);
+            const size_t count = std::min(ranked_.size(), static_cast<size_t>(std::max(1.0, allowed)));
             if (count < ranked_.size())
                 std::nth_element(ranked_.begin(), ranked_.begin() + count, ranked_.end(), before);
             return take(count);

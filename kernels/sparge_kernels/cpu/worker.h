@@ -137,6 +137,13 @@ inline void Worker::blend_exact_rows(const Task& task, int tile, int group) {
     }
 }
 
+// Nats to bits. The largest numbers, with which masks hide keys too, stay numbers: only -inf is nothing at all.
+inline Floats to_bits(Floats nats) {
+    const Floats most = splat(std::numeric_limits<float>::max());
+    const Floats bits = nats * LOG2_E;
+    return select(is_finite(nats), -maximum(-maximum(bits, -most), -most), bits);
+}
+
 inline void Worker::add_mask(const Task& task, int tile, int group) {
     const int count = keys_in_tile(task.call, tile), rows = std::min(GROUP, query_.rows - group);
     float* scores = scores_ + group * K_TILE;
@@ -150,7 +157,7 @@ inline void Worker::add_mask(const Task& task, int tile, int group) {
     for (int i = 0; i < GROUP; i += LANES) {
         Floats largest = splat(-INF);
         for (int at = i; at < count * GROUP; at += GROUP) {
-            store(scores + at, load(transposed + at) * LOG2_E + load(scores + at));
+            store(scores + at, to_bits(load(transposed + at)) + load(scores + at));
             largest = maximum(load(scores + at), largest);
         }
         store(tile_max_ + group + i, largest);

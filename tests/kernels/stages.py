@@ -1,0 +1,97 @@
+"""The native kernel and the reference with all they can tell, and how close the two must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from kernel_cases import kernel_error, run_native
+from torch import Tensor
+
+from sparge_kernels import reference
+from sparge_kernels.cpu import native
+from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
+from sparge_kernels.tiles import tile_count
+
+TAU_ROUNDING = 1e-5  # sums of some hundred fp32 weights
+OUTPUT_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Output and statistics of the operator, and stage 1's map, bool [B, Hq, nQ, nK]."""
+
+    output: Tensor
+    density: Tensor
+    pv_skipped: Tensor
+    kept: Tensor
+
+
+def native_stages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    thresholds: Sequence[Thresholds],
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    precision: str = "int8",
+) -> Stages:
+    """The native kernel into an output that starts as NaN."""
+    heads = q.shape[1]
+    output = torch.full((*q.shape[:3], v.shape[3]), torch.nan, dtype=q.dtype)
+    tiles = (tile_count(q.shape[2], Q_TILE), tile_count(k.shape[2], K_TILE))
+    kept = torch.zeros(*q.shape[:2], *tiles, dtype=torch.bool)
+    density, pv_skipped = native.attention(
+        q,
+        k,
+        v,
+        thresholds=list(thresholds) * (heads if len(thresholds) == 1 else 1),
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        precision=precision,
+        out=output,
+        kept=kept,
+    )
+    return Stages(output, density, pv_skipped, kept)
+
+
+def reference_stages(
+    q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **options: object
+) -> reference.Output:
+    return reference.attention(q, k, v, thresholds=thresholds, enable_gqa=True, **options)
+
+
+def assert_same_stages(
+    q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], precision: str = "int8", **options: object
+) -> Stages:
+    """Runs both: the same tiles, the same share of them skipped, and numbers that differ by rounding only."""
+    actual = native_stages(q, k, v, thresholds, precision=precision, **options)
+    expected = reference_stages(q, k, v, thresholds, precision=precision, **options)
+    error = (actual.output.double() - expected.output.double()).abs()
+    assert error.sum() <= 1e-2 * expected.output.double().abs().sum() + 1e-6
+    if not torch.equal(actual.kept, expected.kept):
+        assert_rounding_decides(actual.kept, q, k, v, thresholds, **options)
+        return actual
+    assert torch.equal(actual.density, expected.density)
+    torch.testing.assert_close(actual.pv_skipped, expected.pv_skipped)
+    magnitude = reference_stages(q, k, v.abs(), thresholds, precision=precision, **options).output.double()
+    rounding = 2 * OUTPUT_ROUNDING[q.dtype] * expected.output.double().abs()
+    assert (error <= kernel_error(run_native, q.dtype, precision) * magnitude + rounding + 1e-7).all()
+    return actual
+
+
+def assert_rounding_decides(
+    kept: Tensor, q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **options: object
+) -> None:
+    """The map lies between those of a slightly lower and a slightly higher tau: the mass of a row just reaches it."""
+    for entry in thresholds:
+        assert entry.topk is None and entry.cdf < 1, "tiles differ, and no sum decides on them"
+    lower, upper = (
+        reference_stages(q, k, v, [replace(entry, cdf=entry.cdf + by) for entry in thresholds], **options).kept
+        for by in (-TAU_ROUNDING, TAU_ROUNDING)
+    )
+    assert not (lower & ~kept).any() and not (kept & ~upper).any()

@@ -1,0 +1,131 @@
+"""What a call to a CPU kernel touches: all of its output, none of its inputs, bounded memory, offsets beyond 2^31."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_cases import DEFAULT, HALF, LAYOUTS, both_causal, both_precisions, cpu_kernels, random_qkv, run_native
+from mask_cases import MASKS
+from stages import native_stages
+from torch import Tensor
+
+from sparge_kernels.cpu import native
+
+FAR = 2**31  # elements
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory is NaN."""
+    for name in ("empty", "empty_permuted"):
+        allocate = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, _new=allocate, **kwargs: _new(*args, **kwargs).fill_(torch.nan))
+
+
+@cpu_kernels
+@both_causal
+@both_precisions
+@pytest.mark.parametrize("q_len, k_len", [(1, 1), (127, 64), (129, 65), (300, 70), (70, 300)])
+def test_no_row_is_left_unwritten(poisoned, kernel, is_causal, precision, q_len, k_len):
+    tensors = random_qkv(q_len, k_len, heads=3, batch=2, value_dim=13)
+    result = kernel(*tensors, [HALF], is_causal=is_causal, precision=precision)
+    for part in (result.output, result.density, result.pv_skipped):
+        assert part.isfinite().all()
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_no_row_is_left_unwritten_under_a_mask(poisoned, mask):
+    result = run_native(*random_qkv(130, 200, heads=3, batch=2), [HALF], attn_mask=mask(2, 3, 130, 200))
+    for part in (result.output, result.density, result.pv_skipped):
+        assert part.isfinite().all()
+
+
+@cpu_kernels
+@pytest.mark.parametrize("layout", [[0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0], [2, 0, 3, 1]], ids=str)
+def test_every_output_layout_holds_the_same_numbers(kernel, layout):
+    q, k, v = random_qkv(140, 150, heads=3, batch=2)
+    output = kernel(q, k, v, [HALF], layout=layout).output
+    assert output.permute(layout).is_contiguous()
+    assert torch.equal(output, kernel(q, k, v, [HALF]).output)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_layout_changes_no_bit_and_the_call_none_of_its_inputs(layout, mask):
+    views = [*(layout(x) for x in random_qkv(140, 140, heads=3, batch=2)), mask(2, 3, 140, 140)]
+    copies = [x.clone(memory_format=torch.contiguous_format) for x in views]
+    result = run_native(*views[:3], [HALF], attn_mask=views[3])
+    expected = run_native(*copies[:3], [HALF], attn_mask=copies[3])
+    for actual, same in zip(
+        (result.output, result.density, result.pv_skipped, *views),
+        (expected.output, expected.density, expected.pv_skipped, *copies),
+        strict=True,
+    ):
+        assert torch.equal(actual, same)
+    storages = {x.untyped_storage().data_ptr() for x in views}
+    assert result.output.untyped_storage().data_ptr() not in storages
+
+
+def test_a_lazily_negated_view_is_read_with_its_sign():
+    negated = torch.view_as_complex(torch.randn(1, 2, 150, 16, 2)).conj().imag
+    assert negated.is_neg()
+    expected = run_native(*[negated.resolve_neg()] * 3, [HALF]).output
+    assert torch.equal(run_native(*[negated] * 3, [HALF]).output, expected)
+
+
+def far_view(x: Tensor, base: Tensor, strides: tuple[int, ...], offset: int) -> Tensor:
+    view = base.as_strided(x.shape, strides, offset)
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize(
+    "strides, offset",
+    [((0, 64, 16, 1), FAR + 5), ((0, FAR + 7, 16, 1), 3), ((0, 16, FAR // 3 + 11, 1), 3), ((0, 128, 32, FAR // 15), 0)],
+    ids=["storage-offset", "head-stride", "token-stride", "channel-stride"],
+)
+@pytest.mark.parametrize("which", ["query", "key", "value", "output", "mask"])
+def test_offsets_beyond_two_to_the_31_elements(which, strides, offset):
+    q, k, v = random_qkv(4, 4, dtype=torch.bfloat16)
+    mask = torch.randn(1, 2, 4, 16).bfloat16()[..., ::4]
+    tensors = {"query": q, "key": k, "value": v, "mask": mask}
+    expected = native_stages(q, k, v, [DEFAULT], attn_mask=mask).output
+    try:
+        base = torch.empty(FAR + FAR // 2, dtype=torch.bfloat16)  # 6 GiB of addresses; pages exist where written
+    except RuntimeError:
+        pytest.skip("the system gives no 6 GiB of addresses")
+    output = torch.empty_like(q)
+    if which == "output":
+        output = far_view(output, base, strides, offset)
+    else:
+        tensors[which] = far_view(tensors[which], base, strides, offset)
+    options = {"is_causal": False, "scale": 0.25, "precision": "int8", "attn_mask": tensors["mask"]}
+    native.attention(*list(tensors.values())[:3], thresholds=[DEFAULT] * 2, out=output, **options)
+    assert torch.equal(output, expected)
+
+
+PEAK = """
+import resource, sys, torch
+from sparge_kernels import ops
+from sparge_kernels.thresholds import Thresholds, pack
+torch.set_num_threads(1)
+def run(q_len, k_len, has_mask):
+    q, k = torch.randn(1, 1, q_len, 16), torch.randn(1, 1, k_len, 16)
+    mask = torch.ones(1, 1, 1, k_len, dtype=torch.bool) if has_mask else None
+    torch.ops.sparge.attention.default(q, k, k, mask, thresholds=pack([Thresholds(0.02, 1.0, -1.0, None)]))
+run(256, 256, False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(32768, 32768, sys.argv[1] == "mask")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.parametrize("kernel, mask", [("blocked", "none"), ("native", "none"), ("native", "mask")])
+def test_32k_tokens_allocate_no_score_matrix(monkeypatch, kernel, mask):
+    # A 32k x 32k score matrix takes 4096 MiB in fp32, 1024 MiB even as int8.
+    monkeypatch.setenv("SPARGE_CPU_KERNEL", kernel)
+    run = subprocess.run([sys.executable, "-c", PEAK, mask], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < (200 if kernel == "blocked" else 50)
