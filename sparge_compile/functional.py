@@ -130,7 +130,7 @@ def attention(
     return _sparse(q, k, v, attn_mask, chosen, is_causal, scale, enable_gqa, return_stats)
 
 
-@torch.compiler.assume_constant_result  # compiled code asks while it is compiled: the answer holds for the process
+@torch.compiler.assume_constant_result  # compiled code asks once; if the answer changes, the operator warns, runs dense
 def _unavailable(device: torch.device, has_mask: bool) -> str | None:
     return ops.unavailable(device, has_mask)
 
@@ -200,8 +200,9 @@ def _sparse(
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     leading = q.shape[:-2]
     if attn_mask is not None:
-        if q.dim() > 4:  # the leading dimensions are flattened: so must the mask's be
-            attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-2:])
+        attn_mask = attn_mask[(None,) * (q.dim() - attn_mask.dim())]
+        if q.dim() > 4:  # batch dimensions are flattened to one: so must the mask's be
+            attn_mask = attn_mask.expand(*leading[:-1], *attn_mask.shape[-3:])
         attn_mask = _four_dimensions(attn_mask)
     q, k, v = (_four_dimensions(x) for x in (q, k, v))
     operator = torch.ops.sparge.attention_with_stats if return_stats else torch.ops.sparge.attention

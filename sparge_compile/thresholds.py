@@ -15,9 +15,9 @@ from sparge_compile.site import Claim, Decision, Refusal
 from sparge_kernels import ops
 from sparge_kernels.thresholds import Thresholds
 
-# Fewest queries and keys at which sparse attention beats dense attention, per device type.
-# cpu: benchmarks/results/cpu_breakeven.md; causal calls there need more than any length measured.
-BREAK_EVEN = {"cpu": 8192}
+# Fewest queries and keys at which sparse attention beats dense attention; in fp32: without INT8 products, by choice or
+# for want of the instructions. benchmarks/results/cpu_breakeven.md
+BREAK_EVEN = {"cpu": 2048, "cpu in fp32": 8192}
 
 
 def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
@@ -26,7 +26,7 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     refusal = _check_sizes(query, key, value)
     if refusal is not None:
         return refusal
-    minimum = min_tokens(policy, query.device)
+    minimum = min_tokens(policy, query.device, claim.precision)
     long_enough = _reaches(query.shape[2], key.shape[2], minimum)
     if long_enough is False:
         lengths = f"{dynamo.hint(query.shape[2])} queries and {dynamo.hint(key.shape[2])} keys"
@@ -44,9 +44,12 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     return Decision(claim, thresholds, min_tokens=minimum if long_enough is None else 0)
 
 
-def min_tokens(policy: Policy, device: torch.device) -> int:
+def min_tokens(policy: Policy, device: torch.device, precision: str) -> int:
     """The policy's minimum, or the device's measured break-even."""
-    return BREAK_EVEN[device.type] if policy.min_tokens is None else policy.min_tokens
+    if policy.min_tokens is not None:
+        return policy.min_tokens
+    in_fp32 = precision == "none" or not ops.has_int8_products(device)
+    return BREAK_EVEN[f"{device.type} in fp32" if in_fp32 else device.type]
 
 
 def from_policy(policy: Policy) -> Thresholds:

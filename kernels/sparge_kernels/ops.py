@@ -19,6 +19,7 @@ The operator is opaque: define plus one implementation per device. It has no bac
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,7 +33,15 @@ from torch import Tensor
 from sparge_kernels.checks import check_call, check_mask, check_static, supported_device
 from sparge_kernels.thresholds import unpack
 
-__all__ = ["StatsRecord", "check_static", "record_stats", "supported_device", "unavailable", "unmeasured"]
+__all__ = [
+    "StatsRecord",
+    "check_static",
+    "has_int8_products",
+    "record_stats",
+    "supported_device",
+    "unavailable",
+    "unmeasured",
+]
 
 _ARGUMENTS = (
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float[] thresholds, "
@@ -81,6 +90,13 @@ def unavailable(device: torch.device, has_mask: bool = False) -> str | None:
     return supported_device(device) or cpu.unavailable(has_mask)
 
 
+def has_int8_products(device: torch.device) -> bool:
+    """INT8 products are faster than fp32 ones on this device."""
+    from sparge_kernels import cpu
+
+    return device.type != "cpu" or cpu.has_int8_products()
+
+
 def unmeasured(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if a measured break-even length holds for this machine and dtype, else why none does."""
     from sparge_kernels import cpu
@@ -108,6 +124,10 @@ def _run(
     out = _empty_output(query, value, layout)
     per_head = unpack(thresholds, query.shape[1])
     runs_dense = min(query.shape[2], key.shape[2]) < min_tokens or out.numel() == 0 or key.numel() == 0
+    if not runs_dense and (reason := unavailable(query.device, attn_mask is not None)):
+        # Who compiles here never gets here: a program exported elsewhere does, or one whose environment has changed.
+        warnings.warn(f"sparge::attention runs dense: {reason}", stacklevel=2)
+        runs_dense = True
     with torch.autocast(query.device.type, enabled=False):
         if runs_dense:
             _dense(query, key, value, attn_mask, is_causal, scale, enable_gqa, out)

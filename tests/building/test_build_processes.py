@@ -97,7 +97,7 @@ def test_the_command_prints_the_reason(self_check, capfd):
     self_check.self_check = lambda library: "it is wrong"
     assert build.main([]) == 1
     printed = capfd.readouterr()
-    assert printed.out == "" and printed.err.endswith("it is wrong. Set CXX to another compiler.\n")
+    assert printed.out == "" and printed.err.endswith("it is wrong. Set CXX to another compiler, or report it.\n")
 
 
 def test_the_module_is_a_command():

@@ -59,13 +59,16 @@ def test_a_call_too_short_to_pay_builds_nothing(no_compiler, monkeypatch):
         assert torch.equal(out, attention(*INPUTS))
 
 
-def test_the_operator_itself_says_why_it_cannot_run(no_compiler):
-    with pytest.raises(RuntimeError, match=r"sparge::attention: the native CPU kernel is not available.*apt-get"):
-        torch.ops.sparge.attention(*INPUTS, thresholds=[1.0, 1.0, 0.0, -1.0])
+def test_the_operator_of_a_program_made_elsewhere_warns_and_runs_dense(no_compiler):
+    with pytest.warns(UserWarning, match="sparge::attention runs dense: the native CPU kernel is not avail.*apt-get"):
+        out, density, _ = torch.ops.sparge.attention_with_stats(*INPUTS, thresholds=[0.1, 1.0, 0.0, -1.0])
+    assert torch.equal(out, F.scaled_dot_product_attention(*INPUTS)) and (density == 1).all()
 
 
 @pytest.mark.parametrize("choice", [None, "native", "blocked"])
 def test_the_environment_variable_chooses(monkeypatch, calls, choice):
+    native.library()  # its check of a fresh build runs the kernel too
+    calls.clear()
     monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
     if choice:
         monkeypatch.setenv(KERNEL_VARIABLE, choice)
@@ -96,10 +99,26 @@ def test_an_unknown_kernel_is_an_error_that_names_the_known_ones(monkeypatch):
 
 
 def test_bf16_on_a_cpu_with_amx_is_dense_unless_a_length_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "CPU_INFO", tmp_path / "cpuinfo")
-    build.CPU_INFO.write_text("flags : avx512f amx_bf16 amx_tile\n")
-    monkeypatch.setitem(BREAK_EVEN, "cpu", 0)
+    cpu_with(tmp_path, monkeypatch, "avx512f avx512_vnni avx512_bf16 amx_bf16 amx_tile")
     inputs = qkv(dtype=torch.bfloat16)
     reasons = [run(attention, *inputs, policy=Policy(min_tokens=n))[1].reason for n in (None, 0)]
     assert "AMX" in reasons[0] and "set min_tokens" in reasons[0] and not reasons[1]
     assert run(attention, *INPUTS, policy=Policy())[1].rewritten == [True]
+
+
+def test_the_default_length_is_longer_where_products_are_in_fp32(tmp_path, monkeypatch):
+    def reason(**fields):
+        return run(attention, *INPUTS, policy=Policy(**fields))[1].reason
+
+    cpu_with(tmp_path, monkeypatch, "avx512f avx512_vnni avx512_bf16")
+    assert not reason()
+    assert "min_tokens is 77:" in reason(precision="none")
+    cpu_with(tmp_path, monkeypatch, "avx2 fma")
+    assert "min_tokens is 77:" in reason()
+
+
+def cpu_with(tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(build, "CPU_INFO", tmp_path / "cpuinfo")
+    build.CPU_INFO.write_text(f"flags : {flags}\n")
+    monkeypatch.setitem(BREAK_EVEN, "cpu", 0)
+    monkeypatch.setitem(BREAK_EVEN, "cpu in fp32", 77)

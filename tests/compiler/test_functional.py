@@ -54,6 +54,9 @@ def test_arguments_mean_what_they_mean_for_dense(arguments):
 MASKS = {
     "bool-2d": torch.rand(12, 12) > 0.3,
     "bool-5d": torch.rand(2, 3, 1, 12, 1) > 0.3,
+    "bool-5d-shared": torch.rand(1, 3, 1, 12, 12) > 0.3,
+    "float-1d": torch.randn(12),
+    "float-0d": torch.randn(()),
     "float-4d": torch.randn(2, 1, 1, 12),
     "float-3d": torch.randn(2, 12, 12),
     "all-true": torch.ones(12, 12, dtype=torch.bool),
@@ -63,10 +66,14 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_masks_mean_what_they_mean_for_dense(mask):
-    q, k, v = (SHAPES["5d"](x) if mask.dim() == 5 else x for x in (Q, K, V))
-    out = exact(q, k, v, mask, policy=Policy(strict=True))
-    torch.testing.assert_close(out, SDPA(q, k, v, mask), **CLOSE)
+@pytest.mark.parametrize("shape", ["4d", "5d"])
+def test_masks_mean_what_they_mean_for_dense(mask, shape):
+    if shape == "4d" and mask.dim() not in (2, 3, 4):
+        pytest.skip("dense attention refuses it")
+    q, k, v = (SHAPES[shape](x) for x in (Q, K, V))
+    if shape == "5d" and mask.dim() == 4:
+        mask = mask[:, None]
+    torch.testing.assert_close(exact(q, k, v, mask, policy=Policy(strict=True)), SDPA(q, k, v, mask), **CLOSE)
 
 
 def test_a_mask_that_needs_a_gradient_is_dense():

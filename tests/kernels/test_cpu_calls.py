@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from kernel_cases import DEFAULT, HALF, LAYOUTS, both_causal, both_precisions, cpu_kernels, random_qkv, run_native
+from kernel_cases import (
+    DEFAULT,
+    HALF,
+    KEEP_ALL,
+    LAYOUTS,
+    both_causal,
+    both_precisions,
+    cpu_kernels,
+    random_qkv,
+    run_native,
+)
 from mask_cases import MASKS
 from stages import native_stages
 from torch import Tensor
@@ -129,3 +140,40 @@ def test_32k_tokens_allocate_no_score_matrix(monkeypatch, kernel, mask):
     monkeypatch.setenv("SPARGE_CPU_KERNEL", kernel)
     run = subprocess.run([sys.executable, "-c", PEAK, mask], capture_output=True, text=True, check=True)
     assert float(run.stdout) < (200 if kernel == "blocked" else 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_values_at_the_largest_number_stay_finite(dtype):
+    q, k, _ = random_qkv(200, 200, dtype=dtype)
+    v = torch.full((1, 2, 200, 16), torch.finfo(dtype).max, dtype=dtype)
+    v[..., 8:] *= -1
+    torch.testing.assert_close(run_native(q, k, v, [KEEP_ALL]).output, v, rtol=1e-2, atol=0)
+
+
+def test_flushing_of_small_numbers_in_some_threads_changes_nothing():
+    q, k, v = random_qkv(700, 300, dtype=torch.float16)
+    v = v.abs() * 2e-5  # half of them subnormal in fp16
+    before = run_native(q, k, v, [KEEP_ALL], precision="none").output
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        torch.set_flush_denormal(True)
+        for _ in range(4):
+            assert torch.equal(run_native(q, k, v, [KEEP_ALL], precision="none").output, before)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    assert (before > 0).all()
+
+
+def test_a_v_full_of_nan_is_not_slow():
+    q, k, v = random_qkv(1024, 1024, heads=1, dim=64)
+    poisoned = torch.full_like(v, torch.nan)
+
+    def seconds(values):
+        start = time.perf_counter()
+        run_native(q, k, values, [KEEP_ALL])
+        return time.perf_counter() - start
+
+    ratios = [seconds(poisoned) / seconds(v) for _ in range(5)]
+    assert min(ratios) < 10, "seen: about 4; one number at a time it took 30"

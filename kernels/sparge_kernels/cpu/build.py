@@ -5,8 +5,9 @@ The C++ sources of this folder need neither torch's nor Python's headers. The li
     <root>/sparge_kernels/<key>/sparge_cpu.so
 
 Root is torch's own for extensions: TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions. The key covers the sources,
-the flags and this CPU's features: the code is for one CPU, and home folders are shared between machines. It takes no
-compiler to compute, so a container loads what was built ahead of time: `python -m sparge_kernels.cpu.build`.
+the flags and this CPU's features: the code is for one CPU, and home folders are shared between machines. It does not
+cover the compiler: after a change of compiler, build with --force. And it takes none to compute, so a container loads
+what was built ahead of time: `python -m sparge_kernels.cpu.build`.
 
 Not `torch.utils.cpp_extension.load`: it needs the program ninja, which torch does not require (setuptools, which it
 imports, torch 2.11 to 2.15 do). Its lock is a file that exists: a build that fails removes it, a build that is killed
@@ -67,20 +68,29 @@ class Unavailable(RuntimeError):
 
 
 def load(
-    arch: str | None = None, *, extra: Sequence[str] = (), accept: Accept | None = None, force: bool = False
+    arch: str | None = None,
+    *,
+    extra: Sequence[str] = (),
+    accept: Accept | None = None,
+    needs: Sequence[str] = (),
+    force: bool = False,
 ) -> ctypes.CDLL:
     """The library, built if it is not there yet. A process asks once for each `arch` and `extra`, failures included.
 
     arch: the compiler flag that names the CPU; None is the one this runs on.
     extra: further compiler flags.
     accept: called on a library just built, before any other process sees it.
+    needs: functions the library must have.
     force: build even if the library is there, or failed before.
     """
     request = (arch, tuple(extra))
     with _lock:
         if force or request not in _results:
             try:
-                _results[request] = _load_or_build(library_path(arch, extra=extra), _flags(arch, extra), accept, force)
+                found = _load_or_build(library_path(arch, extra=extra), _flags(arch, extra), accept, force)
+                if missing := [name for name in needs if not hasattr(found, name)]:
+                    raise Unavailable(f"the library has no {missing[0]}. Build it anew: {AHEAD_OF_TIME} --force")
+                _results[request] = found
             except Unavailable as error:
                 _results[request] = str(error)
         result = _results[request]
@@ -149,8 +159,12 @@ def _build(library: Path, compiler: Sequence[str], flags: Sequence[str], accept:
         _compile([*compiler, *sources, *flags, "-o", str(fresh)], folder)
         opened = _open(fresh)
         if accept and (reason := accept(opened)):
-            raise Unavailable(f"the library just built fails its check: {reason}. Set CXX to another compiler.")
+            raise Unavailable(
+                f"the library just built fails its check: {reason}. Set CXX to another compiler, or report it."
+            )
         with _writing_to(folder):
+            with fresh.open("rb") as written:  # a crash of the machine must not leave half a library under its name
+                os.fsync(written.fileno())
             fresh.replace(library)
     finally:
         fresh.unlink(missing_ok=True)

@@ -32,8 +32,8 @@ struct Call {
     int32_t dtype, mask_dtype, is_causal, int8, threads;
 };
 
-inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-inline int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int round_up(int64_t a, int64_t b) { return static_cast<int>(ceil_div(a, b) * b); }
 
 inline float half_to_float(uint16_t half) {
     // Shift exponent and mantissa into place and repair the exponent's bias; subnormals come out exact.
@@ -87,11 +87,14 @@ inline void write_row(void* data, int64_t at, int64_t stride, int count, int32_t
         float* target = static_cast<float*>(data) + at;
         for (int i = 0; i < count; ++i) target[i * stride] = row[i];
     } else {
+        // A mean of values lies between them: what rounding puts beyond the largest number is that number.
+        const float most = dtype == BFLOAT16 ? bits_to_float(0x7f7f0000) : 65504.0f;
         uint16_t* target = static_cast<uint16_t*>(data) + at;
-        if (dtype == BFLOAT16)
-            for (int i = 0; i < count; ++i) target[i * stride] = float_to_bfloat16(row[i]);
-        else
-            for (int i = 0; i < count; ++i) target[i * stride] = float_to_half(row[i]);
+        for (int i = 0; i < count; ++i) {
+            float x = row[i];
+            if (std::fabs(x) > most && std::fabs(x) < INF) x = std::copysign(most, x);
+            target[i * stride] = dtype == BFLOAT16 ? float_to_bfloat16(x) : float_to_half(x);
+        }
     }
 }
 

@@ -27,7 +27,7 @@ struct KeyTiles {
     std::vector<int32_t> values;           // [count][K_TILE / 2][value_padded]: pairs of keys in bf16
 
     void resize(const Call& call) {
-        count = ceil_div(call.k_len, K_TILE);
+        count = static_cast<int>(ceil_div(call.k_len, K_TILE));
         dim = static_cast<int>(call.dim);
         value_dim = static_cast<int>(call.value_dim);
         padded = round_up(dim, LANES);

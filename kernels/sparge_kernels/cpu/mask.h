@@ -23,7 +23,8 @@ struct MaskTiles {
     std::vector<float> means;    // the same, where BIASED
 
     explicit MaskTiles(const Call& call)
-        : call(call), query_tiles(ceil_div(call.q_len, Q_TILE)), key_tiles(ceil_div(call.k_len, K_TILE)) {
+        : call(call), query_tiles(static_cast<int>(ceil_div(call.q_len, Q_TILE))),
+          key_tiles(static_cast<int>(ceil_div(call.k_len, K_TILE))) {
         if (call.mask.data == nullptr) return;
         kinds.resize(rows() * key_tiles);
         if (call.mask_dtype != BOOL) means.resize(rows() * key_tiles);

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ class Call(ctypes.Structure):
 
 def library() -> ctypes.CDLL:
     """The kernel for this CPU, built at first use. Raises `build.Unavailable`."""
-    return build.load(accept=self_check)
+    return build.load(accept=self_check, needs=("sparge_attention",))
 
 
 def attention(
@@ -63,7 +65,7 @@ def attention(
     h // (Hq // Hkv). attn_mask: bool or float, broadcasts to [B, Hq, Sq, Sk]. Returns density and pv_skipped, fp32
     [B, Hq]; writes stage 1's map to `kept`, bool [B, Hq, nQ, nK], if it is given. `using`: another build of the kernel.
     """
-    density, pv_skipped = (torch.empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+    density, pv_skipped = (torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) for _ in range(2))
     call = describe(q, k, v, thresholds, attn_mask, is_causal=is_causal, scale=scale, precision=precision, out=out)
     call.density, call.pv_skipped = density.data_ptr(), pv_skipped.data_ptr()
     call.kept = None if kept is None else kept.data_ptr()
@@ -104,7 +106,7 @@ def describe(
         mask_dtype=0 if attn_mask is None else _DTYPES[attn_mask.dtype],
         is_causal=is_causal,
         int8=precision == "int8",
-        threads=torch.get_num_threads(),
+        threads=1 if _forked else torch.get_num_threads(),
     )
 
 
@@ -112,10 +114,32 @@ def _tensor(x: Tensor) -> _Tensor:
     return _Tensor(x.data_ptr(), tuple(x.stride()))
 
 
+def _in_child() -> None:
+    """A forked child has none of the parent's OpenMP threads, and libgomp waits for them without end."""
+    global _forked
+    _forked = True
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
 def self_check(built: ctypes.CDLL) -> str | None:
     """None if a library just built agrees with reference.py on a small call, else the reason in words."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 150, 40, generator=generator) for _ in range(3))
+    # Autocast, a default device and all modes (fake tensors, export, counters) belong to the caller's thread.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(_check, built).result()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+@torch.no_grad()
+def _check(built: ctypes.CDLL) -> str | None:
+    generator = torch.Generator("cpu").manual_seed(0)
+    wide = [torch.randn(1, 2, 150, 40, generator=generator, dtype=torch.float64, device="cpu") for _ in range(3)]
+    q, k, v = (x.float() for x in wide)
     entries = [Thresholds(0.5, 1.0, -1.0, NEVER_SKIP), Thresholds(None, 0.9, -1.0, None)]
     for precision, limit in _MAX_ERROR.items():
         for is_causal in (False, True):
@@ -127,7 +151,7 @@ def self_check(built: ctypes.CDLL) -> str | None:
                 "precision": precision,
             }
             attention(q, k, v, attn_mask=None, out=out, using=built, **options)
-            expected = reference.attention(q, k, v, **options).output
+            expected = reference.attention(*wide, **options).output
             error = float((out - expected).abs().sum() / expected.abs().sum())
             if not error < limit:
                 return f"relative L1 {error:.3g} against the reference (precision={precision}, causal={is_causal})"

@@ -31,7 +31,7 @@ struct DotFloat {
 #if defined(SPARGE_INT8_DOT)
 struct DotInt8 {  // B is unsigned: codes + 128
     using Sum = Ints;
-    using Granule = int32_t;
+    using Granule = sparge::Granule;
     static inline Sum broadcast(int32_t x) { return splat(x); }
     static inline Sum add(Sum sum, Ints a, Ints b) {
         return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
@@ -46,7 +46,7 @@ struct DotInt8 {  // B is unsigned: codes + 128
 #if defined(SPARGE_BF16_DOT)
 struct DotBFloat16 {
     using Sum = Floats;
-    using Granule = int32_t;
+    using Granule = sparge::Granule;
     static inline Sum broadcast(float x) { return splat(x); }
     static inline Sum add(Sum sum, Ints a, Ints b) {
         return reinterpret_cast<Floats>(_mm512_dpbf16_ps(

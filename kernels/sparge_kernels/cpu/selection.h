@@ -15,7 +15,7 @@ struct Visible {
         if (!call.is_causal) return;
         int64_t first = int64_t(tile) * Q_TILE;
         past = call.k_len <= first ? key_tiles : static_cast<int>(first / K_TILE);
-        end = std::max(past, ceil_div(std::min<int64_t>(first + rows, call.k_len), K_TILE));
+        end = std::max(past, static_cast<int>(ceil_div(std::min(first + rows, call.k_len), K_TILE)));
     }
 };
 

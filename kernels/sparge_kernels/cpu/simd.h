@@ -2,6 +2,10 @@
 // GCC and Clang vector types: AVX-512, AVX2 and NEON from one source. -DSPARGE_GENERIC leaves the special ones out.
 #pragma once
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -36,6 +40,8 @@ typedef float Floats __attribute__((vector_size(LANES * 4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4), may_alias));
 typedef Floats UnalignedFloats __attribute__((aligned(4), may_alias));
 typedef Ints UnalignedInts __attribute__((aligned(4), may_alias));
+
+typedef int32_t Granule __attribute__((may_alias));  // 4 int8 or 2 bf16 as a product reads them
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
@@ -100,6 +106,30 @@ inline Ints pack_bf16(Floats even, Floats odd) {
     return reinterpret_cast<Ints>(_mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(both)));
 }
 #endif
+
+// While it lives, this thread's small numbers are not flushed to zero: torch.set_flush_denormal, or a library built with
+// -ffast-math, sets that for some threads and not for others, and results must not depend on the thread.
+class SmallNumbers {
+public:
+#if defined(__SSE__)
+    SmallNumbers() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
+    ~SmallNumbers() { _mm_setcsr(before_); }
+
+private:
+    unsigned before_;
+#elif defined(__aarch64__)
+    SmallNumbers() {
+        asm volatile("mrs %0, fpcr" : "=r"(before_));
+        asm volatile("msr fpcr, %0" ::"r"(before_ & ~(uint64_t(1) << 24)));
+    }
+    ~SmallNumbers() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+private:
+    uint64_t before_;
+#else
+    SmallNumbers() {}
+#endif
+};
 
 inline bool any(Ints mask) {
 #if defined(SPARGE_AVX512)

@@ -22,7 +22,7 @@ struct Task {  // what one query tile of one head works on
 class Worker {
 public:
     explicit Worker(const Call& call)
-        : query_(call), selection_(ceil_div(call.k_len, K_TILE)), scores_(K_TILE * Q_TILE),
+        : query_(call), selection_(static_cast<int>(ceil_div(call.k_len, K_TILE))), scores_(K_TILE * Q_TILE),
           exact_scores_(K_TILE * GROUP), weights_(K_TILE * Q_TILE), output_(round_up(call.value_dim, LANES) * Q_TILE),
           lines_(std::max({round_up(call.dim, LANES), round_up(call.value_dim, LANES), K_TILE}) * Q_TILE),
           offsets_(OFFSETS * Q_TILE), means_(OFFSETS * round_up(call.dim, LANES)), code_factor_(Q_TILE),
@@ -105,8 +105,8 @@ inline void Worker::score_tile(const Task& task, Selection::Kept kept, const flo
 #if defined(SPARGE_INT8_DOT)
         const int granules = keys.code_dim / 4;
         score_group<DotInt8>(
-            {reinterpret_cast<const int32_t*>(codes), granules, 1},
-            reinterpret_cast<const int32_t*>(query_.codes + group), granules, &keys.starts[size_t(tile) * K_TILE],
+            {reinterpret_cast<const Granule*>(codes), granules, 1},
+            reinterpret_cast<const Granule*>(query_.codes + group), granules, &keys.starts[size_t(tile) * K_TILE],
             code_factor_, offset + group, count, scores, maxima);
 #else
         for (int i = 0; i < count * keys.code_dim; ++i) lines_[i] = codes[i];
@@ -234,7 +234,7 @@ inline void Worker::add_values(const Task& task, int tile, int first_group, cons
         const int32_t* values = &keys.values[size_t(tile) * K_TILE / 2 * keys.value_padded];
         for (int group = first_group; group < Q_TILE; group += GROUP)
             value_group<DotBFloat16>(
-                {values, 1, keys.value_padded}, reinterpret_cast<const int32_t*>(weights_ + group * K_TILE), K_TILE / 2,
+                {values, 1, keys.value_padded}, reinterpret_cast<const Granule*>(weights_ + group * K_TILE), K_TILE / 2,
                 rescale[group / GROUP] ? decay_ + group : nullptr, dim, output_ + group);
         return;
     }
@@ -263,10 +263,12 @@ inline void Worker::add_non_finite(const Task& task, int tile) {
         for (int d = 0; d < dim; ++d) {
             if (std::fabs(row[d]) < INF) continue;
             const int64_t hidden = task.call.is_causal ? int64_t(tile) * K_TILE + key - task.first_query : 0;
-            const int first = static_cast<int>(std::max<int64_t>(0, hidden));
-            for (int i = first; i < query_.rows; ++i) {
-                float weight = scores_[i / GROUP * GROUP * K_TILE + key * GROUP + i % GROUP];
-                output_[d * Q_TILE + i] += weight != 0 ? row[d] : NAN;
+            for (int i = 0; i < Q_TILE; i += LANES) {
+                if (i + LANES <= hidden) continue;
+                Floats weight = load(scores_ + i / GROUP * GROUP * K_TILE + key * GROUP + i % GROUP);
+                Floats effect = select(weight != 0.0f, splat(row[d]), splat(NAN));
+                for (int lane = 0; i + lane < hidden && lane < LANES; ++lane) effect[lane] = 0;
+                store(output_ + d * Q_TILE + i, load(output_ + d * Q_TILE + i) + effect);
             }
         }
     }
