@@ -35,7 +35,9 @@ def seconds(call: Callable[[], Tensor]) -> float:
 
 def compare(tokens: int, heads: int, head_dim: int, repeats: int, precision: str, is_causal: bool) -> str:
     """One line of the table for `tokens` queries and keys."""
-    q, k, v = smooth_field((tokens // 1024, 8, 128), heads=heads, head_dim=head_dim)
+    rows = tokens // 128
+    height = next(h for h in (8, 4, 2, 1) if rows % h == 0)
+    q, k, v = smooth_field((rows // height, height, 128), heads=heads, head_dim=head_dim)
     options = {"thresholds": pack([Thresholds(None, 0.98, 0.5, None)]), "precision": precision, "is_causal": is_causal}
     output, density, pv_skipped = torch.ops.sparge.attention_with_stats.default(q, k, v, **options)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)

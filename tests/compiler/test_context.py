@@ -12,6 +12,7 @@ from light import EXACT_FIELDS, LightBackend
 import sparge_compile as sparge
 from sparge_compile import Policy, context
 from sparge_compile.policy import split_options
+from sparge_compile.thresholds import BREAK_EVEN
 
 X = torch.randn(1, 2, 6, 8)
 
@@ -91,7 +92,7 @@ def test_contexts_nest_fields_change_and_policies_replace(compiled):
 def test_a_policy_without_min_tokens_brings_the_break_even_back(compiled):
     with sparge.rewriting(Policy()):
         compiled(X)
-    assert "min_tokens is 8192" in compiled.backend.reason
+    assert f"min_tokens is {BREAK_EVEN['cpu']}" in compiled.backend.reason
 
 
 def test_an_exception_restores_the_policy(compiled):

@@ -13,6 +13,7 @@ from torch import nn
 
 import sparge_compile as sparge
 from sparge_compile import Policy, StrictPolicyError, dynamo
+from sparge_compile.thresholds import BREAK_EVEN
 
 X = torch.randn(1, 6, 16)
 
@@ -87,7 +88,7 @@ def test_masked_and_short_calls_say_why():
     report = sparge.explain(Attention(attn_mask=mask).eval(), X, policy=EXACT)
     assert "attn_mask" in report.dense[0].reason
     report = sparge.explain(Attention().eval(), X)
-    assert "6 queries and 6 keys, min_tokens is 8192" in report.dense[0].reason
+    assert f"6 queries and 6 keys, min_tokens is {BREAK_EVEN['cpu']}" in report.dense[0].reason
 
 
 def break_inside(x):

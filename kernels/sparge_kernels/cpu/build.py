@@ -117,9 +117,10 @@ def _root() -> Path:
 
 
 def _flags(arch: str | None, extra: Sequence[str]) -> tuple[str, ...]:
-    if arch is None:
-        arch = "-mcpu=native" if platform.machine().lower() in ("aarch64", "arm64") else "-march=native"
-    return (*FLAGS, arch, *extra)
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return (*FLAGS, arch or "-mcpu=native", *extra)
+    # Tuned for Zen, GCC 12 reads an operand again for every multiplication: fp32 products took 1.2 times as long.
+    return (*FLAGS, arch or "-march=native", "-mtune=generic", *extra)
 
 
 def cpu_features() -> str:
