@@ -139,7 +139,7 @@ def self_check(built: ctypes.CDLL) -> str | None:
     with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(_check, built).result()
-        except Exception as error:
+        except Exception as error:  # whatever stops the check: the library is not fit for use
             return f"{type(error).__name__}: {error}"
 
 
