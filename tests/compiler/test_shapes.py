@@ -10,6 +10,7 @@ from light import CLOSE, EXACT, EXACT_FIELDS, LightBackend, qkv
 
 import sparge_compile as sparge
 from sparge_compile import Policy
+from sparge_compile.thresholds import BREAK_EVEN, min_tokens
 
 LENGTHS = (9, 30, 31, 32, 33, 40, 10, 64)  # none equals head_dim: TorchDynamo would take the two for one size
 
@@ -167,9 +168,11 @@ def test_a_decode_step_over_a_growing_cache_stays_dense_and_right():
 
 
 def test_the_default_threshold_is_the_measured_break_even():
-    x = torch.empty(1, 1, 8192, 1)
+    limit = min_tokens(Policy(), torch.device("cpu"), "int8")
+    assert limit in (BREAK_EVEN["cpu"], BREAK_EVEN["cpu in fp32"])
+    x = torch.randn(1, 1, limit - 1, 1)
     backend = LightBackend(Policy())
     with torch.no_grad():
-        torch.compile(self_attention, backend=backend)(x[:, :, :8191])
-    assert "8191" in backend.reason and "8192" in backend.reason
+        torch.compile(self_attention, backend=backend)(x)
+    assert f"{limit - 1} queries" in backend.reason and f"min_tokens is {limit}:" in backend.reason
     assert sparge.Policy().min_tokens is None

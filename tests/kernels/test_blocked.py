@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
@@ -100,6 +101,9 @@ def test_thread_count_does_not_change_the_tiles():
     assert_same(two, one)
 
 
-def test_a_mask_is_refused_with_the_reason():
-    with pytest.raises(RuntimeError, match="SPARGE_CPU_KERNEL=blocked takes no attn_mask"):
-        run_blocked(*random_qkv(8, 8), [HALF], attn_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+def test_a_mask_is_dense_with_the_reason():
+    q, k, v = random_qkv(8, 8)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    with pytest.warns(UserWarning, match="SPARGE_CPU_KERNEL=blocked takes no attn_mask"):
+        result = run_blocked(q, k, v, [HALF], attn_mask=mask)
+    assert torch.equal(result.output, F.scaled_dot_product_attention(q, k, v, mask)) and (result.density == 1).all()

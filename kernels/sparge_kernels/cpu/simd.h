@@ -107,8 +107,8 @@ inline Ints pack_bf16(Floats even, Floats odd) {
 }
 #endif
 
-// While it lives, this thread's small numbers are not flushed to zero: torch.set_flush_denormal, or a library built with
-// -ffast-math, sets that for some threads and not for others, and results must not depend on the thread.
+// While it lives, this thread's small numbers are not flushed to zero: torch.set_flush_denormal, or a library built
+// with -ffast-math, sets that for some threads and not for others, and results must not depend on the thread.
 class SmallNumbers {
 public:
 #if defined(__SSE__)
@@ -147,9 +147,9 @@ inline float sum(Floats x) {
     return total;
 }
 
-// 2^x for x <= 0 or so, 0 for -inf, NaN for NaN; below 2^-126 it may be 0. Minimax polynomials of 2^fraction on [0, 1):
-// relative error 7.5e-5 of degree 3 (weights that become bf16, whose own rounding is 25 times that), 1.8e-7 of degree 5,
-// more than half of it fp32 rounding.
+// 2^x for x <= 0 or so, 0 for -inf, NaN for NaN; below 2^-126 it may be 0. Minimax polynomials of 2^fraction on
+// [0, 1): relative error 7.5e-5 of degree 3 (weights that become bf16, whose own rounding is 25 times that), 1.8e-7 of
+// degree 5, more than half of it fp32 rounding.
 template <bool PRECISE>
 inline Floats exp2(Floats x) {
     Floats fraction, value;

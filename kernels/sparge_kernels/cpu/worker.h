@@ -38,19 +38,20 @@ public:
     }
 
     // One query tile of head h; counts kept, skipped and visible K tiles.
-    void run(const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, int32_t* counts);
+    void run(
+        const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, int32_t* counts);
 
 private:
     QueryTile query_;
     Selection selection_;
     Aligned<float> scores_;        // [groups][K_TILE][GROUP], bits
     Aligned<float> exact_scores_;  // [K_TILE][GROUP]
-    Aligned<float> weights_;       // [groups][K_TILE / 2][GROUP] pairs of bf16, or [groups][K_TILE][GROUP] fp32
+    Aligned<float> weights_;       // pairs of keys in bf16, [K_TILE / 2][GROUP] at each group; in fp32: scores_
     Aligned<float> output_;        // [value_dim][Q_TILE]
-    Aligned<float> lines_;
+    Aligned<float> lines_;         // rows of inputs, mask or output on their way
     Aligned<float> offsets_;       // [OFFSETS][Q_TILE]: q . mean in bits
-    Aligned<float> means_;
-    Aligned<float> code_factor_;
+    Aligned<float> means_;         // [OFFSETS][padded]
+    Aligned<float> code_factor_;   // [GROUP]: with the K tile's scale
     Aligned<float> running_, base_, mass_, tile_max_, decay_;  // [Q_TILE]
 
     void mean_offsets(const KeyTiles& keys, const Selection::Kept* tiles, int count);
@@ -284,10 +285,11 @@ inline void Worker::write(const Task& task) {
     }
     transpose(output_, padded, Q_TILE, Q_TILE, lines_, padded);
     const int64_t* strides = call.out.strides;
+    const int64_t start = task.b * strides[0] + task.h * strides[1];
     for (int i = 0; i < query_.rows; ++i)
         write_row(
-            call.out.data, task.b * strides[0] + task.h * strides[1] + (task.first_query + i) * strides[2], strides[3], dim,
-            call.dtype, lines_ + i * padded);
+            call.out.data, start + (task.first_query + i) * strides[2], strides[3], dim, call.dtype,
+            lines_ + i * padded);
 }
 
 inline void Worker::run(
