@@ -21,7 +21,7 @@ struct Aligned {  // scratch memory on cache lines
     operator T*() const { return data; }
 };
 
-// dst[column][row] = src[row][column] for 128 rows; `src` rows are `padded` long.
+// dst[column][row] = src[row][column], for LANES rows and columns.
 inline void transpose_block(const float* src, ptrdiff_t src_stride, float* dst, ptrdiff_t dst_stride) {
 #if defined(SPARGE_AVX512)
     __m512 a[16], b[16];
