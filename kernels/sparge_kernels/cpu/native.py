@@ -2,8 +2,8 @@
 
 Departures from the numbers of reference.py, beyond fp32 rounding:
 
-- Quantized calls, and those in bf16, multiply weights and values in bf16 where the CPU can: relative L1 about .002, and
-  values below 1e-33 are lost.
+- Quantized calls, and those in bf16, multiply weights and values in bf16 where the CPU can: a relative L1 of some
+  thousandths (the tests allow .01), and values below 1e-33 are lost.
 - An infinite value whose weight is below e^-82 gives NaN, not infinity: the weight is 0 in fp32.
 - Which tiles of a row of NaN stage 2 skips, and so counts, differs; the row is NaN either way.
 """
