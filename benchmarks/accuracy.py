@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from exact import Expected
 from peers import Peer
 from problem import Problem
 from torch import Tensor
@@ -15,63 +16,84 @@ from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
 
 KEEP_ALL = Thresholds(topk=1.0, cdf=1.0, similarity=-1.0, pv=NEVER_SKIP)
 SAME_TILES_LIMIT = 2e-2  # relative L1 between two peers that compute the same tiles
+SELECTION_LIMIT = 1e-3  # share of the tiles that two ways to choose them may differ in: rounding decides equal scores
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of an output against dense fp32 attention. worst_cosine: of the row that differs most."""
+    """Of an output against dense exact attention. worst_cosine: of the row that differs most."""
 
     relative_l1: float
     worst_cosine: float
 
 
-def compare(output: Tensor, dense: Tensor) -> Accuracy:
-    cosines = F.cosine_similarity(output.float(), dense.float(), dim=-1)
-    return Accuracy(relative_l1(output, dense), float(cosines.min()))
+@dataclass(frozen=True)
+class Check:
+    """What an output of `problem` must agree with, beside `expected`, its dense attention.
+
+    small: a problem of the same kind that the reference can afford. kept: exact attention over the tiles to compute, of
+    the rows of `expected`. same_tiles: the output of a peer that computes them. selection: share of the tiles in which
+    the kernel's choice differs from the specification's. None: not known, or no question.
+    """
+
+    problem: Problem
+    small: Problem
+    expected: Expected
+    kept: Tensor | None = None
+    same_tiles: Tensor | None = None
+    selection: float | None = None
+
+
+def compare(output: Tensor, expected: Expected) -> Accuracy:
+    rows, dense = expected.of(output), expected.dense
+    cosines = F.cosine_similarity(rows.to(dense.dtype), dense, dim=-1)
+    return Accuracy(relative_l1(rows, dense), float(cosines.min()))
 
 
 def relative_l1(output: Tensor, expected: Tensor) -> float:
     """sum |output - expected| / sum |expected|."""
-    expected = expected.float()
-    return float((output.float() - expected).abs().sum() / expected.abs().sum())
+    expected = expected.to(torch.promote_types(expected.dtype, torch.float32))
+    return float((output.to(expected.dtype) - expected).abs().sum() / expected.abs().sum())
 
 
-def dense_limit(peer: Peer, problem: Problem) -> float:
-    """Largest relative L1 to dense fp32 attention of a peer that skips nothing."""
+def exact_limit(peer: Peer, problem: Problem) -> float:
+    """Largest relative L1 to exact attention over the same tiles."""
     if not peer.sparse or problem.precision == "int8":
-        return 2e-2
+        return peer.exact_limit
     return 1e-4 if problem.dtype == torch.float32 else 5e-3
 
 
-def failure(
-    peer: Peer, problem: Problem, small: Problem, *, output: Tensor, dense: Tensor, same_tiles: Tensor | None
-) -> str | None:
-    """None if `output` may be believed, else the reason in words.
-
-    small: a problem of the same kind that the reference can afford. dense: dense fp32 attention of `problem`.
-    same_tiles: the output of a peer that computes the same tiles, if there is one.
-    """
+def failure(peer: Peer, output: Tensor, check: Check) -> str | None:
+    """None if `output` may be believed, else the reason in words."""
     if not output.isfinite().all():
         return "failed: the output is not finite"
     errors = []
-    if problem.topk == 1 or not peer.sparse:
-        errors.append(("dense fp32", relative_l1(output, dense), dense_limit(peer, problem)))
-    if same_tiles is not None:
-        errors.append(("sparge over the same tiles", relative_l1(output, same_tiles), SAME_TILES_LIMIT))
+    rows, limit = check.expected.of(output), exact_limit(peer, check.problem)
+    if check.problem.topk == 1 or not peer.sparse:
+        errors.append((f"relative L1 to {check.expected.words}", relative_l1(rows, check.expected.dense), limit))
+    if check.kept is not None and peer.sparse:
+        errors.append(("relative L1 to fp64 over the same tiles", relative_l1(rows, check.kept), limit))
+    if check.same_tiles is not None:
+        same = relative_l1(output, check.same_tiles)
+        errors.append(("relative L1 to sparge over the same tiles", same, SAME_TILES_LIMIT))
     if peer.reference_limit is not None:
-        errors.append(("the reference on a small problem", reference_error(peer, small), peer.reference_limit))
-    for other, error, limit in errors:
-        if not error <= limit:
-            return f"failed: relative L1 {error:.2g} to {other}, allowed is {limit:.2g}"
+        error = reference_error(peer, check.small)
+        errors.append(("relative L1 to the reference on a small problem", error, peer.reference_limit))
+    if check.selection is not None and peer.sparse:
+        errors.append(("share of tiles chosen unlike the specification", check.selection, SELECTION_LIMIT))
+    for what, error, most in errors:
+        if not error <= most:
+            return f"failed: {what} is {error:.2g}, allowed is {most:.2g}"
     return None
 
 
 def reference_error(peer: Peer, small: Problem) -> float:
     """Relative L1 of the peer's output to that of `sparge_kernels.reference`."""
     expected = reference.attention(
-        *small.inputs,
+        *(x.float() for x in small.inputs),
         thresholds=[small.thresholds if peer.sparse else KEEP_ALL],
         is_causal=small.is_causal,
         precision=small.precision if peer.sparse else "none",
+        centring=peer.centring,
     )
     return relative_l1(peer.prepare(small)(), expected.output)

@@ -1,4 +1,4 @@
-"""Peak extra memory of one `sparge::attention` call, beyond its inputs and output, in a process of its own.
+"""Peak extra memory of one `sparge::attention` call, beyond its inputs and output; on a CPU in a process of its own.
 
 `extra_bytes` starts this file as a program, which prints the number. It reads the process's own high-water mark
 (VmHWM of /proc) after resetting it: ru_maxrss also remembers what the parent held when it started the process. The
@@ -13,10 +13,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from problem import Problem
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from peers import Call
 
 from sparge_kernels import ops  # noqa: F401 - registers the operator
 from sparge_kernels.thresholds import NEVER_SKIP, Thresholds, pack
@@ -39,6 +43,16 @@ def extra_bytes(problem: Problem, threads: int) -> int | None:
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
     return int(result.stdout)
+
+
+def extra_bytes_on_gpu(call: Call) -> int:
+    """Of any call on the current GPU, as torch's allocator counts it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - output.numel() * output.element_size()
 
 
 def memory(name: str) -> int:

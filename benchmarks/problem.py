@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,7 +28,7 @@ ONE_TILE = 1e-6
 
 @dataclass(frozen=True)
 class Problem:
-    """q, k, v: fp32 [1, heads, tokens, head_dim], contiguous; numbers of `dtype`, so that a cast to it loses nothing.
+    """q, k, v: [1, heads, tokens, head_dim] of one dtype, contiguous.
 
     topk: share of the tiles of each row to keep. precision: "int8" or "none", the sparse kernel's.
     """
@@ -34,12 +38,15 @@ class Problem:
     v: Tensor
     is_causal: bool
     precision: str
-    dtype: torch.dtype
     topk: float = 1.0
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.q.dtype
 
     @property
     def thresholds(self) -> Thresholds:
@@ -50,7 +57,7 @@ class Problem:
     def dense_flops(self) -> float:
         """Operations of the two products if nothing is skipped but, under causal, the future."""
         batch, heads, tokens, head_dim = self.q.shape
-        return 4 * batch * heads * tokens * tokens * head_dim / (2 if self.is_causal else 1)
+        return batch * dense_flops(tokens, heads, head_dim, self.is_causal)
 
     def visible_tiles(self) -> int:
         """Tiles of 128 queries x 64 keys that hold a visible pair, over all heads."""
@@ -59,12 +66,36 @@ class Problem:
         return batch * heads * int((~hidden).sum())
 
 
+def dense_flops(tokens: int, heads: int, head_dim: int, is_causal: bool) -> float:
+    """Operations of the two products of one batch entry."""
+    return 4 * heads * tokens * tokens * head_dim / (2 if is_causal else 1)
+
+
 def smooth_problem(
-    tokens: int, heads: int, head_dim: int, *, is_causal: bool, precision: str, dtype: torch.dtype
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    *,
+    is_causal: bool,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> Problem:
-    """A smooth field of tests/kernels/workloads.py; `tokens` is a multiple of 128."""
+    """A smooth field of tests/kernels/workloads.py, made on `device`; `tokens` is a multiple of 128."""
     rows = tokens // ROW
     height = next(h for h in (8, 4, 2, 1) if rows % h == 0)
-    field = smooth_field((rows // height, height, ROW), heads=heads, head_dim=head_dim)
-    q, k, v = (x.contiguous().to(dtype).float() for x in field)
-    return Problem(q, k, v, is_causal, precision, dtype)
+    with _made_on(torch.device(device)):
+        field = smooth_field((rows // height, height, ROW), heads=heads, head_dim=head_dim)
+    q, k, v = (x.contiguous().to(dtype) for x in field)
+    return Problem(q, k, v, is_causal, precision)
+
+
+@contextmanager
+def _made_on(device: torch.device) -> Iterator[None]:
+    """New tensors and random numbers are made on `device`: the host would take minutes for a long field."""
+    if device.type == "cpu":
+        yield
+        return
+    generator = functools.partial(torch.Generator, device=device)  # has no default device that could be set
+    with device, mock.patch.object(torch, "Generator", generator):
+        yield

@@ -11,13 +11,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from problem import Problem
+from rows import Row
 from torch import Tensor
 from torch.utils import cpp_extension
 
@@ -58,10 +58,40 @@ def measure(head_dim: int) -> Rates:
     )
 
 
-def seconds_of_products(problem: Problem, rates: Rates, threads: int) -> float:
-    """What the two products of every visible tile take if each of `threads` cores keeps the rates of one."""
-    operations = 2 * Q_TILE * K_TILE * problem.q.shape[3] * problem.visible_tiles()
+def seconds_of_products(operations: float, rates: Rates, threads: int) -> float:
+    """What two products of so many operations each take if each of `threads` cores keeps the rates of one."""
     return (operations / rates.int8 + operations / rates.bf16) / threads
+
+
+def report(
+    rows: Sequence[Row], *, head_dims: Sequence[int], precision: str, threads: int
+) -> tuple[list[str], dict[str, Any]]:
+    """What the products alone would allow, in words and as data; or why that is not known."""
+    if precision != "int8":
+        return ["Roofline: not measured (it is that of INT8 and BF16 products; --precision none has neither)."], {}
+    lines, data = [], {}
+    for head_dim in head_dims:
+        try:
+            rates = measure(head_dim)
+        except Unavailable as error:
+            return [f"Roofline: not measured ({error})."], {}
+        share = data.setdefault("share", {})
+        data.update(int8_gops=rates.int8 / 1e9, bf16_gflops=rates.bf16 / 1e9)
+        lines.append(
+            f"Roofline: torch's brgemm on one core, operands in cache: {rates.int8 / 1e9:.0f} GOPS for INT8 "
+            f"(128 x 64 x {head_dim}), {rates.bf16 / 1e9:.0f} GFLOPS for BF16 (128 x {head_dim} x 64)."
+        )
+        for row in rows:
+            if row.is_ours and row.density_asked == 1 and row.milliseconds and row.head_dim == head_dim:
+                assert row.product_operations is not None
+                products = seconds_of_products(row.product_operations, rates, threads) * 1e3
+                share[row.tokens] = products / row.milliseconds
+                lines.append(
+                    f"{row.tokens} tokens, density 1: at these rates the two products alone would take "
+                    f"{products:.1f} ms (threads: {threads}), the whole call takes {row.milliseconds:.1f} ms: "
+                    f"{products / row.milliseconds:.0%} of the roofline."
+                )
+    return lines, data
 
 
 def _rate(multiply: Callable[..., float], a: Tensor, b: Tensor, out_dtype: torch.dtype, interleaved: int) -> float:

@@ -3,180 +3,217 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import accuracy
-import peak_memory
-from peers import DENSE, OURS, Call, Peer, sparge_density
+import torch
+from accuracy import Check
+from exact import Expected
+from peers import DENSE, OURS, Call, sparge_density
 from problem import ONE_TILE, Problem
+from target import Target
+from timing import Stopwatch, Timing, rounds
 from torch import Tensor
+
+from sparge_kernels.thresholds import K_TILE, Q_TILE
 
 
 @dataclass
 class Row:
     """One variant on one problem. None: does not apply, or may not be believed; `note` says why.
 
-    density_asked: None is one tile a row. ratio, ratio_min, ratio_max: baseline time / time, paired by repeat.
-    extra_memory_percent: peak memory of a call beyond inputs and output, of what Q, K and V take in fp32.
+    density_asked: None is one tile a row. ratio, ratio_min, ratio_max: baseline time / time, paired by round.
+    issue_milliseconds: what the host takes to issue the call. extra_memory_percent: peak memory of a call beyond inputs
+    and output, of what Q, K and V take. product_operations: of one of the two products over the computed tiles.
+    roofline_share: of the time, what the machine's ceilings would take. stages: milliseconds of parts of the call.
+    prepare_percent: stage 1 and quantization, of the baseline's time; prepare_copy_share: what copying their inputs and
+    outputs would take, of their time.
     """
 
     tokens: int
+    head_dim: int
+    is_causal: bool
     density_asked: float | None
     variant: str
     density: float | None = None
     relative_l1: float | None = None
     worst_cosine: float | None = None
+    rounds: int = 0
     milliseconds: float | None = None
+    issue_milliseconds: float | None = None
     ratio: float | None = None
     ratio_min: float | None = None
     ratio_max: float | None = None
     gflops: float | None = None
+    product_operations: float | None = None
+    roofline_share: float | None = None
     extra_memory_percent: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+    prepare_percent: float | None = None
+    prepare_copy_share: float | None = None
     note: str = ""
     failed: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        return self.variant.split()[0] == OURS
 
 
 @dataclass
 class Examined:
-    """A peer after its check: `call` is None if it is not to be timed, and the row says why."""
+    """A peer after its check: `call` is None if it is not to be timed, and the row says why.
+
+    output: what it gave, if that may be believed; dropped once others were compared with it. stages: parts of the call.
+    """
 
     row: Row
+    check: Check
     call: Call | None = None
     output: Tensor | None = None
+    stages: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
 
 @dataclass
 class Shape:
     """One shape and all that is measured on it.
 
-    small: a problem of the same kind that the reference can afford. repeats: rounds in which each variant runs once.
+    small: a problem of the same kind that the reference can afford. repeats: rounds in which each variant runs once;
+    fewer where the deadline (of time.monotonic) comes first.
     """
 
-    peers: Mapping[str, Peer]
+    target: Target
     problem: Problem
     small: Problem
-    threads: int
     repeats: int
-    dense: dict[str, Examined] = field(init=False, default_factory=dict)  # the same for every density
-    expected: Tensor = field(init=False)  # dense fp32 attention
+    deadline: float = float("inf")
+    dense: list[Examined] = field(init=False, default_factory=list)  # the same for every density
+    expected: Expected = field(init=False)
 
     def __post_init__(self) -> None:
-        # Dense fp32 attention is what all others are compared with; itself it is checked against the reference.
-        self.expected = self.peers["dense fp32"].prepare(self.problem)()
-        for name, peer in self.peers.items():
+        # What all others are compared with. Itself it is, or is like, a dense peer, which is checked by the reference.
+        self.expected = self.target.expected(self.problem)
+        for name, peer in self.target.peers.items():
             if not peer.sparse:
-                self.dense[name] = self.examine(name, self.problem, None)
+                one = self.examine(name, Check(self.problem, self.small, self.expected))
+                self.dense.append(replace(one, output=None))
 
-    def measure(self, density: float | None) -> list[Row]:
-        """One block of rows: all variants at a share of tiles, or, for None, the cost of choosing them."""
-        problem = replace(self.problem, topk=ONE_TILE if density is None else density)
-        block = {name: replace(one, row=replace(one.row, density_asked=density)) for name, one in self.dense.items()}
-        same_tiles = None
-        for name, peer in self.peers.items():
+    def measure(self, densities: Sequence[float | None]) -> list[Row]:
+        """One block of rows: all variants at shares of tiles, or, for None, the cost of choosing them."""
+        block = [replace(one, row=replace(one.row, density_asked=densities[0])) for one in self.dense]
+        for density in densities:
+            block += self.sparse(density)
+        self.time([one for one in block if one.call])
+        for one in block:
+            if one.row.is_ours and one.call and one.row.density_asked is not None:
+                taken = self.target.extra_bytes(one.check.problem, one.call)
+                if taken is not None:
+                    one.row.extra_memory_percent = 100 * taken / self.target.input_bytes(one.check.problem)
+        return [one.row for one in block]
+
+    def sparse(self, density: float | None) -> list[Examined]:
+        """The variants that compute the kept tiles only; the project's own first, the others must agree with it."""
+        topk = ONE_TILE if density is None else density
+        check = Check(replace(self.problem, topk=topk), replace(self.small, topk=topk), self.expected)
+        found = []
+        for name, peer in self.target.peers.items():
             if peer.sparse and (density is not None or name == OURS):
-                block[name] = self.examine(name, problem, same_tiles)
-                block[name].row.density_asked = density
-                same_tiles = block[OURS].output
-        self.time({name: one for name, one in block.items() if one.call})
-        if density is not None and block[OURS].call:
-            taken = peak_memory.extra_bytes(problem, self.threads)
-            if taken is not None:
-                block[OURS].row.extra_memory_percent = 100 * taken / sum(x.numel() * 4 for x in problem.inputs)
-        return [one.row for one in block.values()]
+                one = self.examine(name, check)
+                one.row.density_asked = density
+                if name == OURS:
+                    check = replace(one.check, same_tiles=one.output, selection=None)
+                found.append(one)
+        return [replace(one, check=Check(check.problem, self.small, self.expected), output=None) for one in found]
 
-    def examine(self, name: str, problem: Problem, same_tiles: Tensor | None) -> Examined:
+    def examine(self, name: str, check: Check) -> Examined:
         """Prepares the peer, runs it once and compares what it gives."""
-        peer = self.peers[name]
-        small = replace(self.small, topk=problem.topk)
-        row = Row(problem.q.shape[2], None, f"{name} {problem.precision}" if name == OURS else name)
+        peer, problem = self.target.peers[name], check.problem
+        variant = f"{name} {problem.precision}" if name == OURS else name
+        row = Row(problem.q.shape[2], problem.q.shape[3], problem.is_causal, None, variant)
         try:
+            if name == OURS:
+                check = self.target.checked_tiles(check)
             call = peer.prepare(problem)
             output = call()
+            row.density = sparge_density(problem) if peer.sparse else 1.0
+            reason = accuracy.failure(peer, output, check)
         except Exception as error:  # whatever a compiler may raise: a platform it does not support, no C++ compiler
-            if name == OURS or not peer.sparse:
-                raise
-            words = " ".join(str(error).split())[:160].replace("|", "/")
-            row.note = f"not measured ({type(error).__name__}: {words})"
-            return Examined(row)
-        row.density = sparge_density(problem) if peer.sparse else 1.0
-        reason = accuracy.failure(peer, problem, small, output=output, dense=self.expected, same_tiles=same_tiles)
+            row.note = f"not measured ({in_words(error)})"
+            row.failed = name == OURS and not isinstance(error, torch.OutOfMemoryError)
+            return Examined(row, check)
         if reason is not None:
             row.note, row.failed = reason, True
-            return Examined(row, output=output)
-        found = accuracy.compare(output, self.expected)
+            return Examined(row, check)
+        row.product_operations = 2 * Q_TILE * K_TILE * problem.q.shape[3] * problem.visible_tiles() * row.density
+        found = accuracy.compare(output, check.expected)
         row.relative_l1, row.worst_cosine = found.relative_l1, found.worst_cosine
-        return Examined(row, call, output)
+        return Examined(row, check, call, output, self.stages(row, problem) if name == OURS else {})
 
-    def time(self, block: Mapping[str, Examined]) -> None:
-        """Fills in times and ratios. The variants run in turn, so that what else the machine does hits all of them."""
-        rounds = [{name: seconds(one.call) for name, one in block.items() if one.call} for _ in range(self.repeats)]
-        medians = {name: statistics.median(times[name] for times in rounds) for name in block}
-        baseline = min((name for name in medians if name.startswith(DENSE)), key=medians.__getitem__, default=None)
-        for name, one in block.items():
-            row = one.row
+    def stages(self, row: Row, problem: Problem) -> Mapping[str, Callable[[], object]]:
+        """The parts of the project's call; none, with a note, where they cannot be run apart."""
+        try:
+            found = self.target.stages(problem)
+            for stage in found.values():
+                stage()
+        except Exception as error:  # as above
+            row.note = f"stages not measured ({in_words(error)})"
+            return {}
+        return found
+
+    def time(self, block: Sequence[Examined]) -> None:
+        """Fills in times and ratios."""
+        watches: dict[str, Stopwatch] = {}
+        for at, one in enumerate(block):
+            assert one.call is not None
+            for stage, call in {"": one.call, **one.stages}.items():
+                watches[f"{at} {stage}"] = self.target.stopwatch(call)
+        rounds(watches, self.target.warm_up)
+        measured = rounds(watches, self.repeats, self.deadline)
+        medians = {name: statistics.median(times[name].seconds for times in measured) for name in watches}
+        candidates = [f"{at} " for at, one in enumerate(block) if one.row.variant.startswith(DENSE)]
+        baseline = min(candidates, key=medians.__getitem__, default=None)
+        for at, one in enumerate(block):
+            name, row = f"{at} ", one.row
+            row.rounds = len(measured)
             row.milliseconds = medians[name] * 1e3
+            row.issue_milliseconds = issue([times[name] for times in measured])
             row.gflops = self.problem.dense_flops / medians[name] / 1e9
-            if name == baseline:
-                row.note = "baseline"
-            elif baseline is not None:
-                ratios = [times[baseline] / times[name] for times in rounds]
-                row.ratio, row.ratio_min, row.ratio_max = statistics.median(ratios), min(ratios), max(ratios)
-                row.note = verdict(row)
+            row.stages = {stage: medians[f"{at} {stage}"] * 1e3 for stage in one.stages}
+            if baseline is not None:
+                compare(row, name, baseline, measured)
+            self.target.judge(row, one.check.problem)
+
+
+def compare(row: Row, name: str, baseline: str, measured: Sequence[Mapping[str, Timing]]) -> None:
+    """Fills in what the baseline's time makes of the row's."""
+    if name == baseline:
+        row.note = "baseline"
+        return
+    ratios = [times[baseline].seconds / times[name].seconds for times in measured]
+    row.ratio, row.ratio_min, row.ratio_max = statistics.median(ratios), min(ratios), max(ratios)
+    if "prepare" in row.stages:
+        dense = statistics.median(times[baseline].seconds for times in measured)
+        row.prepare_percent = 100 * row.stages["prepare"] / (dense * 1e3)
+    row.note = ", ".join(filter(None, (row.note, verdict(row))))
 
 
 def verdict(row: Row) -> str:
     """What the ratio means, in words."""
     assert row.ratio is not None
     no_gain = "no gain" if row.ratio < 1 else ""
-    if row.density_asked is None and row.variant.startswith(OURS):
+    if row.density_asked is None and row.is_ours:
         bound = f"prediction and quantization: at most {100 / row.ratio:.2g} % of the baseline"
         return f"{bound}, {no_gain}" if no_gain else bound
     return no_gain
 
 
-def seconds(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def issue(timings: Sequence[Timing]) -> float | None:
+    """Median milliseconds of the host."""
+    known = [timing.issue for timing in timings if timing.issue is not None]
+    return statistics.median(known) * 1e3 if known else None
 
 
-COLUMNS = (
-    "tokens",
-    "density asked",
-    "density",
-    "variant",
-    "relative L1 to dense fp32",
-    "cosine of the worst row",
-    "time (ms)",
-    "speed over baseline (min .. max)",
-    "effective GFLOPS",
-    "extra memory (% of Q, K, V in fp32)",
-    "note",
-)
-
-
-def table_head() -> str:
-    return f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
-
-
-def table_line(row: Row) -> str:
-    def number(value: float | None, spec: str) -> str:
-        return "-" if value is None else format(value, spec)
-
-    speed = "-" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_min:.2f} .. {row.ratio_max:.2f})"
-    cells = (
-        str(row.tokens),
-        "1 tile a row" if row.density_asked is None else f"{row.density_asked:g}",
-        number(row.density, ".3f"),
-        row.variant,
-        number(row.relative_l1, ".2e"),
-        number(row.worst_cosine, ".4f"),
-        number(row.milliseconds, ".2f"),
-        speed,
-        number(row.gflops, ".1f"),
-        number(row.extra_memory_percent, ".1f"),
-        row.note,
-    )
-    return f"| {' | '.join(cells)} |"
+def in_words(error: Exception) -> str:
+    """An error in a cell of a table."""
+    words = " ".join(str(error).split())[:160].replace("|", "/")
+    return f"{type(error).__name__}: {words}"

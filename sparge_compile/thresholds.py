@@ -17,8 +17,8 @@ from sparge_kernels.thresholds import Thresholds
 
 # Fewest queries and keys at which sparse attention beats dense attention, with a margin for small heads and densities
 # near 1. In fp32: without INT8 products, by choice or for want of the instructions.
-# benchmarks/results/cpu_breakeven.md
-BREAK_EVEN = {"cpu": 1024, "cpu in fp32": 8192}
+# benchmarks/results/cpu_breakeven.md. On GPUs nothing was measured yet: 8192 is an assumption on the safe side.
+BREAK_EVEN = {"cpu": 1024, "cpu in fp32": 8192, "cuda": 8192}
 
 
 def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
@@ -49,8 +49,8 @@ def min_tokens(policy: Policy, device: torch.device, precision: str) -> int:
     """The policy's minimum, or the device's measured break-even."""
     if policy.min_tokens is not None:
         return policy.min_tokens
-    in_fp32 = precision == "none" or not ops.has_int8_products(device)
-    return BREAK_EVEN[f"{device.type} in fp32" if in_fp32 else device.type]
+    in_fp32 = device.type == "cpu" and (precision == "none" or not ops.has_int8_products(device))
+    return BREAK_EVEN["cpu in fp32" if in_fp32 else device.type]
 
 
 def from_policy(policy: Policy) -> Thresholds:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_one_command_prints_a_checked_table_and_writes_the_same_as_json(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--device", "cuda"), "--device cuda: nothing is registered"),
+        (("--device", "tpu"), "--device tpu: nothing is registered"),
         (("--tokens", "1000"), "not a multiple of 128"),
         (("--densities", "0"), "not in (0, 1]"),
         (("--peers", "magic"), "allowed: dense, flex"),
@@ -67,32 +68,34 @@ def test_an_argument_it_cannot_serve_is_named(arguments, message):
 @pytest.mark.parametrize("density", [1.0, 0.25])
 def test_a_wrong_output_gets_a_reason_and_no_time(monkeypatch, wrong, density):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from peers import PEERS, Peer, sparge
+    from cpu_target import target
+    from peers import CPU_PEERS, Peer, sparge
     from problem import smooth_problem
-    from rows import Shape, table_line
+    from rows import Shape
+    from table import CPU_COLUMNS, table_line
 
     factor = 1.05 if wrong == "scaled" else float("nan")
     peers = {
-        "dense fp32": PEERS["cpu"]["dense fp32"],
+        "dense fp32": CPU_PEERS["dense fp32"],
         "sparge": Peer(lambda problem: lambda: sparge(problem)() * factor, sparse=True, reference_limit=1e-2),
     }
     problem = smooth_problem(256, 1, 32, is_causal=False, precision="int8", dtype=torch.float32)
-    rows = Shape(peers, problem, small=problem, threads=1, repeats=1).measure(density)
+    shape = Shape(replace(target(), peers=peers), problem, small=problem, repeats=1)
+    rows = shape.measure([density])
     assert rows[0].milliseconds and not rows[0].failed
     assert rows[1].failed and rows[1].milliseconds is None and rows[1].extra_memory_percent is None
-    assert "| - | - | - | - | failed: " in table_line(rows[1])
+    assert "| - | - | - | - | failed: " in table_line(CPU_COLUMNS, rows[1])
 
 
 def test_flex_gets_the_tiles_that_the_kernel_keeps(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from dataclasses import replace
-
-    from peers import kept_blocks, sparge_density
+    from block_mask import block_mask
+    from peers import predicted_tiles, sparge_density
     from problem import smooth_problem
 
     for is_causal in (False, True):
         problem = smooth_problem(512, 2, 32, is_causal=is_causal, precision="int8", dtype=torch.float32)
         problem = replace(problem, topk=0.25)
-        mask = kept_blocks(problem)
+        mask = block_mask(predicted_tiles(problem), 512, is_causal)
         kept = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
         assert kept == round(sparge_density(problem) * problem.visible_tiles())

@@ -12,7 +12,7 @@ from sparge_kernels.thresholds import check_count
 MAX_HEAD_DIM = 256  # 127 * 127 * 256 < 2^24: INT8 products stay exact in fp32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRECISIONS = ("int8", "none")
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")  # "cuda" is torch's name for AMD's GPUs too
 
 
 def supported_device(device: torch.device) -> str | None:

@@ -28,11 +28,15 @@ MASK_SPREAD = 8.0
 
 @dataclass(frozen=True)
 class MaskTiles:
-    """Per pair of tiles, [..., nQ, nK]: bool `hidden` and `partial`, float `bias` (0 where not plain)."""
+    """Per pair of tiles, [..., nQ, nK]: bool `hidden` and `partial`, float `bias` (0 where not plain).
+
+    `biased`: plain, but not 0 everywhere.
+    """
 
     hidden: Tensor
     partial: Tensor
     bias: Tensor
+    biased: Tensor
 
 
 def additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,14 +54,16 @@ def mask_tiles(mask: Tensor) -> MaskTiles:
     means = _split(mask.double(), 0).sum((-2, -1)) / _split(torch.ones_like(mask), 0).sum((-2, -1))
     hidden = largest == -torch.inf
     plain = (largest < torch.inf) & (largest - smallest <= MASK_SPREAD)  # NaN is not
-    return MaskTiles(hidden, ~hidden & ~plain, torch.where(plain, means, 0).to(mask.dtype))
+    biased = plain & ((largest != 0) | (smallest != 0))
+    return MaskTiles(hidden, ~hidden & ~plain, torch.where(plain, means, 0).to(mask.dtype), biased)
 
 
 def causal_tiles(q_len: int, k_len: int, is_causal: bool, dtype: torch.dtype, device: torch.device) -> MaskTiles:
     """The tiles of a call without a mask [nQ, nK]; under causal the diagonal is partial, the future hidden."""
     past = past_tiles(q_len, k_len, is_causal, device)
     diagonal = diagonal_tiles(q_len, k_len, is_causal, device)
-    return MaskTiles(~past & ~diagonal, diagonal, torch.zeros(past.shape, dtype=dtype, device=device))
+    bias = torch.zeros(past.shape, dtype=dtype, device=device)
+    return MaskTiles(~past & ~diagonal, diagonal, bias, torch.zeros_like(past))
 
 
 def _split(mask: Tensor, fill: float) -> Tensor:

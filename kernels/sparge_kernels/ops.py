@@ -20,7 +20,7 @@ The operator is opaque: define plus one implementation per device. It has no bac
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparge_kernels.checks import check_call, check_mask, check_static, supported_device
+from sparge_kernels.checks import DEVICES, check_call, check_mask, check_static, supported_device
 from sparge_kernels.thresholds import unpack
 
 __all__ = [
@@ -83,11 +83,20 @@ def record_stats() -> Iterator[list[StatsRecord]]:
         _records.reset(token)
 
 
-def unavailable(device: torch.device, has_mask: bool = False) -> str | None:
+def unavailable(device: torch.device, has_mask: bool = False, k_len: int = 0) -> str | None:
     """None if the device's kernel can run here and now, else the reason. May build it: some seconds, once."""
-    from sparge_kernels import cpu
+    reason = supported_device(device)
+    if reason is not None:
+        return reason
+    if device.type == "cpu":
+        from sparge_kernels import cpu
 
-    return supported_device(device) or cpu.unavailable(has_mask)
+        return cpu.unavailable(has_mask)
+    try:
+        from sparge_kernels import triton
+    except ImportError as error:
+        return f"the GPU kernels need Triton, which cannot be imported here ({error}); install the one of your torch build"
+    return triton.unavailable(device, k_len)
 
 
 def has_int8_products(device: torch.device) -> bool:
@@ -124,7 +133,7 @@ def _run(
     out = _empty_output(query, value, layout)
     per_head = unpack(thresholds, query.shape[1])
     runs_dense = min(query.shape[2], key.shape[2]) < min_tokens or out.numel() == 0 or key.numel() == 0
-    if not runs_dense and (reason := unavailable(query.device, attn_mask is not None)):
+    if not runs_dense and (reason := unavailable(query.device, attn_mask is not None, key.shape[2])):
         # Who compiles here never gets here: a program exported elsewhere does, or one whose environment has changed.
         warnings.warn(f"sparge::attention runs dense: {reason}", stacklevel=2)
         runs_dense = True
@@ -134,9 +143,7 @@ def _run(
             density = torch.ones(query.shape[:2], dtype=torch.float32, device=query.device)
             pv_skipped = torch.zeros_like(density)
         else:
-            from sparge_kernels import cpu
-
-            density, pv_skipped = cpu.attention(
+            density, pv_skipped = _kernels(query.device)(
                 query,
                 key,
                 value,
@@ -151,6 +158,17 @@ def _run(
     if records is not None:
         records.append(StatsRecord(site, density, pv_skipped, "dense" if runs_dense else "sparse"))
     return out, density, pv_skipped
+
+
+def _kernels(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What runs sparse calls on the device; `unavailable` has no reason against it."""
+    if device.type == "cpu":
+        from sparge_kernels import cpu
+
+        return cpu.attention
+    from sparge_kernels import triton
+
+    return triton.attention
 
 
 def _dense(
@@ -179,7 +197,7 @@ def _empty_output(query: Tensor, value: Tensor, layout: Sequence[int]) -> Tensor
     return torch.empty_permuted(shape, tuple(layout), dtype=query.dtype, device=query.device)
 
 
-def _attention_cpu(*args: Any, **kwargs: Any) -> Tensor:
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
     return _run(*args, **kwargs)[0]
 
 
@@ -223,10 +241,10 @@ def _no_backward(ctx: Any, *grads: Any) -> Any:
 
 
 for _name, _implementation, _fake_implementation in (
-    ("sparge::attention", _attention_cpu, _fake),
+    ("sparge::attention", _attention, _fake),
     ("sparge::attention_with_stats", _run, _fake_with_stats),
 ):
     torch.library.impl(_name, "default", _unsupported)
-    torch.library.impl(_name, "cpu", _implementation)
+    torch.library.impl(_name, DEVICES, _implementation)
     torch.library.register_fake(_name, _fake_implementation)
     torch.library.register_autograd(_name, _no_backward, setup_context=_refuse_grad)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparge_kernels.predict import tile_means
+from sparge_kernels.predict import finite_tiles, tile_means
 from sparge_kernels.thresholds import K_TILE
 from sparge_kernels.tiles import split_tiles, tile_lengths
 
 LARGEST_CODE = 127
 OUTLIER_RATIO = 5.0  # of a tile's largest magnitude to the mean over its rows; Gaussian rows give less than 2
+OFFSET_RATIO = 8.0  # of a tile's largest distance from a shared centre to that from its own mean; more costs 3 bits
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class QuantizedRows:
 class QuantizedTiles:
     """k ~ codes * scale + mean, per tile, the ragged tail padded with zero codes.
 
-    codes int8 [..., n, tile, D], scale and (bool) exact [..., n], mean [..., n, D].
+    codes int8 [..., n, tile, D], scale and (bool) exact [..., n], mean [..., n, D] is what was subtracted.
     """
 
     codes: Tensor
@@ -50,9 +51,31 @@ def quantize_rows(q: Tensor) -> QuantizedRows:
     return QuantizedRows(codes, scale, exact)
 
 
-def quantize_tiles(k: Tensor) -> QuantizedTiles:
-    """One INT8 scale per K tile of k [..., S, D], after the tile's own mean m_j is subtracted."""
-    mean = tile_means(k, K_TILE)
+def shared_centre(k: Tensor, is_causal: bool) -> Tensor:
+    """One vector c [..., D] near the keys of k [..., S, D] that looks at nothing a causal row must not know of.
+
+    The mean of the keys of all tiles that are finite and not zero (the empty end of a cache is zero). Under causal the
+    mean of tile 0: a row that does not see all of that tile meets it on the diagonal only, which is not quantized.
+    Zero where there is no such tile.
+    """
+    means = tile_means(k, K_TILE)
+    lengths = tile_lengths(k.shape[-2], K_TILE, k.device)[:, None]
+    usable = means.isfinite().all(-1, keepdim=True) & finite_tiles(k, K_TILE)[..., None]
+    usable = usable & (split_tiles(k, K_TILE) != 0).any(-1).any(-1)[..., None]
+    if is_causal:
+        usable = usable & (torch.arange(means.shape[-2], device=k.device) == 0)[:, None]
+    sums = torch.where(usable, means * lengths, 0).sum(-2)
+    return sums / (usable * lengths).sum(-2).clamp(min=1)
+
+
+def quantize_tiles(k: Tensor, centre: Tensor | None = None) -> QuantizedTiles:
+    """One INT8 scale per K tile of k [..., S, D], after `centre` [..., D] or else the tile's own mean is subtracted.
+
+    A tile much farther from the shared centre than from its own mean is `exact`: one huge key elsewhere may have moved
+    the centre, or a bias on some channels may turn with the position.
+    """
+    own_mean = tile_means(k, K_TILE)
+    mean = own_mean if centre is None else centre[..., None, :].expand_as(own_mean)
     real = torch.arange(K_TILE, device=k.device) < tile_lengths(k.shape[-2], K_TILE, k.device)[:, None]
     centred = torch.where(real[..., None], split_tiles(k, K_TILE) - mean[..., None, :], 0)
     row_largest = centred.abs().amax(-1)  # [..., n, tile]
@@ -61,6 +84,9 @@ def quantize_tiles(k: Tensor) -> QuantizedTiles:
     # One key far beyond the rest of its tile would leave them a few codes each (measured: relative L1 .2 to 1.3).
     typical = row_largest.sum(-1) / tile_lengths(k.shape[-2], K_TILE, k.device)
     exact = exact | (largest > OUTLIER_RATIO * typical)
+    if centre is not None:
+        own = torch.where(real[..., None], split_tiles(k, K_TILE) - own_mean[..., None, :], 0).abs().amax((-2, -1))
+        exact = exact | (largest > OFFSET_RATIO * own)
     scale = scale.masked_fill(exact, 0)
     codes = _codes(centred, scale[..., None, None], exact[..., None, None])
     return QuantizedTiles(codes, scale, mean, exact)

@@ -11,7 +11,11 @@ Where it departs from the papers, it does so for a reason:
    future key or value and no earlier output changes by one bit. For the same reason diagonal tiles under
    causal are not quantized; nor is a tile or row INT8 cannot hold (inf, NaN), which spoils no other.
    (A future *query* of the same 128-row tile may change which tiles the row keeps; never the values of
-   what is kept.)
+   what is kept.) So it is with centring="tile", which the CPU kernels follow. With "call", which the GPU kernels
+   follow, one vector c per head takes the place of m_j (quantize.shared_centre): q . c is then one number per row and
+   costs nothing in the loop. And a loop of matrix instructions should not stop to look: whatever is not a plain
+   quantized tile (diagonal, ragged, under a bias, one that INT8 cannot hold, non-finite V) is exact as a whole and
+   comes after the others.
 3. K tiles are centred before their self-similarity by the mean of all keys, under causal by the mean of the
    keys up to the end of the tile, which looks at nothing later. Tile 0, where attention sinks live, then has
    no similarity left and is always kept (for theta > 0). Q is not centred: a common offset of all queries
@@ -29,6 +33,7 @@ Where it departs from the papers, it does so for a reason:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,10 +41,10 @@ import torch
 from torch import Tensor
 
 from sparge_kernels.masks import additive_mask, causal_tiles, mask_tiles
-from sparge_kernels.predict import finite_tiles, select_tiles
-from sparge_kernels.quantize import quantize_rows, quantize_tiles
+from sparge_kernels.predict import finite_tiles, select_tiles, tile_means
+from sparge_kernels.quantize import quantize_rows, quantize_tiles, shared_centre
 from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
-from sparge_kernels.tiles import split_tiles
+from sparge_kernels.tiles import split_tiles, tile_lengths
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Output:
     pv_skipped: share of the computed tiles whose P V stage 2 skipped, fp32 [B, Hq].
     kept: stage 1's map, bool [B, Hq, nQ, nK].
     dropped_mass: share of each row's kept softmax mass that stage 2 dropped, [B, Hq, Sq].
+    lse: ln of the sum of exp(score) over the kept keys of each row, [B, Hq, Sq]; -inf where there are none.
     """
 
     output: Tensor
@@ -57,6 +63,7 @@ class Output:
     pv_skipped: Tensor
     kept: Tensor
     dropped_mass: Tensor
+    lse: Tensor
 
 
 def attention(
@@ -70,10 +77,12 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     precision: str = "int8",
+    centring: str = "tile",
 ) -> Output:
     """Sparse attention of q [B, Hq, Sq, D] over k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv].
 
     One threshold entry, or one per query head. `precision`: "int8" or "none". Causal is top-left aligned.
+    `centring`: "tile" or "call", see 2. above.
     attn_mask: bool or float, broadcast to [B, Hq, Sq, Sk], not with is_causal (masks.py).
     """
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
@@ -92,44 +101,61 @@ def attention(
         mask = mask.expand(q.shape[0], heads, q.shape[-2], k.shape[-2])
         tiles = mask_tiles(mask)
     k_wide, v_wide = (x.repeat_interleave(group, dim=1) for x in (k_wide, v_wide))
-    scores = attention_scores(q_wide, k_wide, partial=tiles.partial, scale=scale, precision=precision)
+    centre, exact, later = None, tiles.partial, torch.zeros_like(kept)
+    if centring == "call":
+        centre = shared_centre(k_wide, is_causal)
+        unquantized = unquantized_tiles(k_wide, v_wide, precision, centre)
+        exact = later = tiles.partial | tiles.biased | unquantized[..., None, :]
+    scores = attention_scores(q_wide, k_wide, exact=exact, scale=scale, precision=precision, centre=centre)
     scores = scores if mask is None else scores + mask
     visible = visible_pairs(q.shape[-2], k.shape[-2], is_causal, q.device)
     scores = scores.masked_fill(~visible, -torch.inf)
     lambdas = torch.tensor([t.skip_below(k.shape[-2]) for t in per_head], dtype=dtype, device=q.device)
-    output, skipped, dropped_mass = softmax_values(scores, v_wide, kept, lambdas, tiles.partial, visible)
+    output, skipped, dropped_mass, lse = softmax_values(scores, v_wide, kept, lambdas, tiles.partial, visible, later)
 
     visible_count = (~tiles.hidden).sum((-2, -1))
     computed = kept.sum((-2, -1))
     density = torch.where(visible_count > 0, computed / visible_count, 1).float()
     pv_skipped = (skipped.sum((-2, -1)) / computed.clamp(min=1)).float()
-    return Output(output.to(q.dtype), density, pv_skipped, kept, dropped_mass)
+    return Output(output.to(q.dtype), density, pv_skipped, kept, dropped_mass, lse)
 
 
-def attention_scores(q: Tensor, k: Tensor, *, partial: Tensor, scale: float, precision: str) -> Tensor:
-    """Scores of every pair in nats [B, H, Sq, Sk]; those of `partial` tiles [..., nQ, nK] are never quantized."""
+def unquantized_tiles(k: Tensor, v: Tensor, precision: str, centre: Tensor) -> Tensor:
+    """Bool [B, H, nK]: K tiles that are exact with centring="call", whatever the mask."""
+    held = finite_tiles(k, K_TILE) & tile_means(k, K_TILE).isfinite().all(-1) & finite_tiles(v, K_TILE)
+    held = held & (tile_lengths(k.shape[-2], K_TILE, k.device) == K_TILE)
+    return ~held | quantize_tiles(k, centre).exact if precision == "int8" else ~held
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, *, exact: Tensor, scale: float, precision: str, centre: Tensor | None = None
+) -> Tensor:
+    """Scores of every pair in nats [B, H, Sq, Sk]; those of `exact` tiles [..., nQ, nK] are never quantized.
+
+    K tiles are centred by `centre` [B, H, D], or each by its own mean.
+    """
     q_len, k_len = q.shape[-2], k.shape[-2]
     scores = q @ k.transpose(-1, -2)
     if precision == "int8":
-        rows, tiles = quantize_rows(q), quantize_tiles(k)
+        rows, tiles = quantize_rows(q), quantize_tiles(k, centre)
         codes = tiles.codes.flatten(-3, -2)[..., :k_len, :]
         product = rows.codes.to(q.dtype) @ codes.to(q.dtype).transpose(-1, -2)  # exact: 127 * 127 * 256 < 2^24
         scales = rows.scale[..., None] * _per_key(tiles.scale, k_len)[..., None, :]
         restored = product * scales + _per_key(q @ tiles.mean.transpose(-1, -2), k_len)
-        edges = _per_key(_per_query(partial, q_len), k_len)
-        exact = edges | rows.exact[..., None] | _per_key(tiles.exact, k_len)[..., None, :]
-        scores = torch.where(exact, scores, restored)
+        pairs = _per_key(_per_query(exact, q_len), k_len)
+        pairs = pairs | rows.exact[..., None] | _per_key(tiles.exact, k_len)[..., None, :]
+        scores = torch.where(pairs, scores, restored)
     return scores * scale
 
 
 def softmax_values(
-    scores: Tensor, v: Tensor, kept: Tensor, lambdas: Tensor, partial: Tensor, visible: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor, v: Tensor, kept: Tensor, lambdas: Tensor, partial: Tensor, visible: Tensor, later: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stage 2: online softmax over the kept tiles in ascending order, skipping P V below lambda.
 
     scores [B, H, Sq, Sk], v [B, H, Sk, Dv], kept [B, H, nQ, nK], lambdas [H] in nats. `partial` [..., nQ, nK] tiles
-    are not skipped; `visible` [Sq, Sk] says which keys causality shows.
-    Returns the output [B, H, Sq, Dv], the skipped tiles [B, H, nQ, nK] and the dropped mass [B, H, Sq].
+    are not skipped; `later` [..., nQ, nK] ones come after the others; `visible` [Sq, Sk]: what causality shows.
+    Returns the output [B, H, Sq, Dv], the skipped tiles [B, H, nQ, nK], the dropped mass and the lse [B, H, Sq].
     """
     q_len, k_len = scores.shape[-2:]
     finite_v = finite_tiles(v, K_TILE)
@@ -138,9 +164,12 @@ def softmax_values(
     row_max = scores.new_full(scores.shape[:-1], -torch.inf)  # m
     mass, dropped = scores.new_zeros(scores.shape[:-1]), scores.new_zeros(scores.shape[:-1])  # l, part of l
     values = v.new_zeros(*scores.shape[:-1], v.shape[-1])
-    for j in range(kept.shape[-1]):
+    for after, j in itertools.product((False, True), range(kept.shape[-1])):
+        now = kept[..., j] & (later[..., j] == after)
+        if not now.any():
+            continue
         keys = slice(j * K_TILE, min((j + 1) * K_TILE, k_len))
-        kept_rows = _per_query(kept[..., j, None], q_len)  # [B, H, Sq, 1]
+        kept_rows = _per_query(now[..., None], q_len)  # [B, H, Sq, 1]
         tile = scores[..., keys].masked_fill(~kept_rows, -torch.inf)
         tile_max = tile.amax(-1)
         new_max = torch.maximum(row_max, tile_max)
@@ -151,8 +180,9 @@ def softmax_values(
         gap = tile_max - new_max
         gap = gap.masked_fill(gap.isnan(), -torch.inf)  # a NaN row, or nothing seen yet: no reason to compute
         tile_gap = split_tiles(gap[..., None], Q_TILE, fill=-torch.inf).amax((-2, -1))  # [B, H, nQ]
-        skipped[..., j] = kept[..., j] & ~exempt[..., j] & (tile_gap < lambdas[:, None])
-        skipped_rows = _per_query(skipped[..., j, None], q_len)  # [B, H, Sq, 1]
+        skipped_now = now & ~exempt[..., j] & (tile_gap < lambdas[:, None])
+        skipped[..., j] |= skipped_now
+        skipped_rows = _per_query(skipped_now[..., None], q_len)  # [B, H, Sq, 1]
 
         product = weights @ torch.where(v[..., keys, :].isfinite(), v[..., keys, :], 0)
         if not finite_v[..., j].all():
@@ -161,8 +191,9 @@ def softmax_values(
         mass = mass * decay + weights.sum(-1)
         dropped = dropped * decay + weights.sum(-1).masked_fill(~skipped_rows[..., 0], 0)
         row_max = new_max
+    lse = row_max + mass.log()
     mass = mass.masked_fill(mass == 0, 1)
-    return values / mass[..., None], skipped, dropped / mass
+    return values / mass[..., None], skipped, dropped / mass, lse
 
 
 def spread_non_finite(values: Tensor, weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:

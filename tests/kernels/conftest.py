@@ -6,8 +6,28 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernel_cases import run_triton
 
 from sparge_kernels.cpu import KERNEL_VARIABLE
+
+INTERPRETED_CASES = 6  # of each test
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Triton's interpreter takes tenths of a second a call: without a GPU, each test runs it on cases spread evenly."""
+    if torch.cuda.is_available() or config.getoption("--all-interpreted"):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if getattr(item, "callspec", None) is not None and item.callspec.params.get("kernel") is run_triton:
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    dropped = set()
+    for of_one_test in cases.values():
+        step = max(len(of_one_test) / INTERPRETED_CASES, 1)
+        kept = {of_one_test[int(n * step)] for n in range(INTERPRETED_CASES) if n * step < len(of_one_test)}
+        dropped.update(set(of_one_test) - kept)
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(autouse=True)

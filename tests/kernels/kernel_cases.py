@@ -41,6 +41,29 @@ def run_reference(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Threshol
     return Result(result.output, result.density, result.pv_skipped)
 
 
+def run_shared(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **kwargs: object) -> Result:
+    """The reference as the GPU kernels follow it."""
+    return run_reference(q, k, v, thresholds, centring="call", **kwargs)
+
+
+def run_triton(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **kwargs: object) -> Result:
+    """The GPU kernels: on a GPU where there is one, else in Triton's interpreter."""
+    if torch.cuda.is_available():
+        tensors = {name: on_gpu(x) for name, x in kwargs.items() if isinstance(x, Tensor)}
+        result = run_native(*map(on_gpu, (q, k, v)), thresholds, **{**kwargs, **tensors})
+        return Result(result.output.cpu(), result.density.cpu(), result.pv_skipped.cpu())
+    with mock.patch.dict(os.environ, {cpu.KERNEL_VARIABLE: "interpreted"}):
+        return run_native(q, k, v, thresholds, **kwargs)
+
+
+def on_gpu(x: Tensor) -> Tensor:
+    """A copy of the whole storage and the same view of it: strides, offset and neighbours as they were."""
+    if x.is_neg() or x.is_conj():
+        return x.cuda()
+    stored = x.untyped_storage().nbytes() // x.element_size()
+    return x.as_strided((stored,), (1,), 0).cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def run_native(q: Tensor, k: Tensor, v: Tensor, thresholds: Sequence[Thresholds], **kwargs: object) -> Result:
     operator = torch.ops.sparge.attention_with_stats.default
     return Result(*operator(q, k, v, thresholds=pack(thresholds), enable_gqa=True, **kwargs))
@@ -58,11 +81,26 @@ def blocked_kernel() -> Iterator[None]:
         yield
 
 
-every_kernel = pytest.mark.parametrize(
-    "kernel", [run_reference, run_blocked, run_native], ids=["reference", "blocked", "native"]
-)
-cpu_kernels = pytest.mark.parametrize("kernel", [run_blocked, run_native], ids=["blocked", "native"])
-masking_kernels = pytest.mark.parametrize("kernel", [run_reference, run_native], ids=["reference", "native"])
+KERNELS: dict[str, Kernel] = {
+    "reference": run_reference,
+    "reference-shared": run_shared,
+    "blocked": run_blocked,
+    "native": run_native,
+    "triton": run_triton,
+}
+
+
+SHARING = (run_shared, run_triton)
+"""Kernels that centre all K tiles of a head by one vector."""
+
+
+def kernels(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kernel", [KERNELS[name] for name in names], ids=names)
+
+
+every_kernel = kernels(*KERNELS)
+cpu_kernels = kernels("blocked", "native")
+masking_kernels = kernels("reference", "reference-shared", "native", "triton")
 both_causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 both_precisions = pytest.mark.parametrize("precision", ["int8", "none"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -98,12 +136,16 @@ def relative_l1(output: Tensor, expected: Tensor) -> float:
 def kernel_error(kernel: Kernel, dtype: torch.dtype, precision: str = "int8") -> float:
     """Most a kernel's output may err before its last rounding, as a share of the same attention over |V|.
 
-    The native kernel rounds weights to bf16 (2^-8 each) if the scores are INT8 or the inputs bf16, and with them the
-    values. The rest is fp32 rounding of scores and sums; 2^-11 more allows for an INT8 code that it moves by one.
+    The native and the GPU kernels round weights to bf16 (2^-8 each) if the scores are INT8 or the inputs bf16, and with
+    them the values; the GPU kernels round the weights of fp16 inputs to fp16. The rest is fp32 rounding of scores and
+    sums; 2^-11 more allows for an INT8 code that it moves by one.
     """
-    if kernel is not run_native or (precision == "none" and dtype != torch.bfloat16):
+    if kernel is run_triton and dtype == torch.float16:
+        return 2**-10
+    if kernel not in (run_native, run_triton) or (precision == "none" and dtype != torch.bfloat16):
         return 2e-5
-    return 2**-8 * (1 if dtype == torch.bfloat16 else 2) + 2**-11
+    truncates = kernel is run_triton and not torch.cuda.is_available()  # Triton's interpreter does, where GPUs round
+    return 2**-8 * (1 if dtype == torch.bfloat16 else 2) * (2 if truncates else 1) + 2**-11
 
 
 def random_qkv(

@@ -12,9 +12,11 @@ from torch import Tensor
 from sparge_kernels.thresholds import Thresholds
 
 KERNEL_VARIABLE = "SPARGE_CPU_KERNEL"
-"""Environment variable: "native" (default), or "blocked", which needs no compiler, is slow and takes no masks."""
+"""Environment variable: "native" (default); "blocked", which needs no compiler, is slow and takes no masks; or
+"interpreted", the GPU kernels in Triton's interpreter (TRITON_INTERPRET=1), for tests: right, and slower than anything.
+"""
 
-KERNELS = ("native", "blocked")
+KERNELS = ("native", "blocked", "interpreted")
 
 
 def chosen_kernel() -> str:
@@ -29,6 +31,10 @@ def unavailable(has_mask: bool) -> str | None:
     """None if the chosen kernel can run such a call here, else the reason. Builds the native kernel if need be."""
     if chosen_kernel() == "blocked":
         return f"the CPU kernel of {KERNEL_VARIABLE}=blocked takes no attn_mask" if has_mask else None
+    if chosen_kernel() == "interpreted":
+        from sparge_kernels import triton
+
+        return triton.unavailable(torch.device("cpu"))
     from sparge_kernels.cpu import build, native
 
     try:
@@ -79,6 +85,10 @@ def attention(
         from sparge_kernels.cpu import blocked
 
         return blocked.attention(q, k, v, **options)
+    if chosen_kernel() == "interpreted":
+        from sparge_kernels import triton
+
+        return triton.attention(q, k, v, attn_mask=attn_mask, **options)
     from sparge_kernels.cpu import native
 
     return native.attention(q, k, v, attn_mask=attn_mask, **options)

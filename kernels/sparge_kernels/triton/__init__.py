@@ -1,0 +1,192 @@
+"""The GPU implementation of `sparge::attention`, in Triton: stage 1 and quantization, then the sparse loop.
+
+It follows reference.py with centring="call". Nothing here waits for the GPU, copies from the host (but for the
+thresholds of a first call) or allocates by the data: calls run on the current stream and in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from sparge_kernels.thresholds import K_TILE, NEVER_SKIP, PV_DROP_BUDGET, Q_TILE, Thresholds, pack
+from sparge_kernels.tiles import tile_count
+from sparge_kernels.triton import attend as loop
+from sparge_kernels.triton import launch
+from sparge_kernels.triton.keys import KeyTiles, prepare_keys
+from sparge_kernels.triton.mask import MaskTiles, classify_mask
+from sparge_kernels.triton.nonfinite import spread_non_finite_kernel
+from sparge_kernels.triton.queries import QueryTiles, prepare_queries
+from sparge_kernels.triton.select import MAX_K_TILES, Selection, select_tiles
+
+MAX_KEYS = MAX_K_TILES * K_TILE
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call after stage 1 and quantization: what the sparse loop needs."""
+
+    q: Tensor  # [B, Hq, Sq, D]
+    k: Tensor  # [B, Hkv, Sk, D]
+    v: Tensor  # [B, Hkv, Sk, Dv]
+    attn_mask: Tensor | None
+    queries: QueryTiles
+    keys: KeyTiles
+    mask_tiles: MaskTiles | None
+    selection: Selection
+    thresholds: Tensor  # fp64 [Hq, 4]
+    skips: bool  # some head has stage 2
+    is_causal: bool
+    scale: float
+    quantized: bool
+
+
+def unavailable(device: torch.device, k_len: int = 0) -> str | None:
+    """None if the kernels can run a call with `k_len` keys on such a device here, else the reason."""
+    if k_len > MAX_KEYS:
+        return f"{k_len} keys are more than the {MAX_KEYS} whose tiles the selection kernel holds in registers"
+    if device.type == "cpu":
+        interpreted = triton.knobs.runtime.interpret
+        return None if interpreted else "Triton's interpreter is off; set TRITON_INTERPRET=1 before Triton is imported"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU is sm{major}{minor}; the kernels need the matrix instructions of sm80 and later"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    thresholds: Sequence[Thresholds],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    precision: str,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Writes the attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D / Dv] to out [B, Hq, Sq, Dv].
+
+    One threshold entry per query head; any strides; no empty tensors; at most `MAX_KEYS` keys. Query head h reads kv head
+    h // (Hq // Hkv). lse: fp32 [B, Hq, Sq] contiguous, receives ln of the sum of exp(score) over the computed keys.
+    Returns density and pv_skipped, fp32 [B, Hq].
+    """
+    with _current(q.device):
+        prepared = prepare(
+            q,
+            k,
+            v,
+            thresholds=thresholds,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            precision=precision,
+        )
+        skipped = attend(prepared, out, lse)
+        return statistics(prepared.selection, skipped)
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    thresholds: Sequence[Thresholds],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    precision: str,
+) -> Prepared:
+    """Stage 1 and quantization of a call; arguments as in `attention`."""
+    q_len, k_len, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    quantized = precision == "int8"
+    numbers = launch.device_numbers(tuple(pack(thresholds)), q.device).view(-1, 4)
+    keys = prepare_keys(k, v, is_causal=is_causal, quantized=quantized)
+    queries = prepare_queries(q, keys.centre, group, sign=-1 if scale < 0 else 1)
+    mask_tiles = None if attn_mask is None else classify_mask(attn_mask, q_len, k_len)
+    selection = select_tiles(
+        queries,
+        keys,
+        mask_tiles,
+        numbers,
+        is_causal=is_causal,
+        scale=scale,
+        q_len=q_len,
+        k_len=k_len,
+        quantized=quantized,
+    )
+    skips = any(entry.skip_below(k_len) > NEVER_SKIP for entry in thresholds)
+    return Prepared(
+        q, k, v, attn_mask, queries, keys, mask_tiles, selection, numbers, skips, is_causal, scale, quantized
+    )
+
+
+def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | None:
+    """The sparse loop, into `out`. Returns the tiles per query tile whose P V stage 2 skipped, int32 [B, Hq, nQ]."""
+    q, k, v, mask = call.q, call.k, call.v, call.attn_mask
+    batch, heads, q_len, dim = q.shape
+    k_len, v_dim = k.shape[2], v.shape[3]
+    n_q, n_k = tile_count(q_len, Q_TILE), tile_count(k_len, K_TILE)
+    skipped = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device) if call.skips else None
+    kind = None if call.mask_tiles is None else call.mask_tiles.kind
+    mask_kind = loop.NO_MASK if mask is None else loop.BOOL_MASK if mask.dtype == torch.bool else loop.FLOAT_MASK
+    code_bytes = launch.padded(dim) * (1 if call.quantized else k.element_size())
+    arch = launch.architecture(q.device)
+    config = launch.attend_config(arch, K_TILE * (code_bytes + launch.padded(v_dim) * v.element_size()))
+    spoiled = torch.empty(batch, heads, n_q, dtype=torch.int8, device=q.device)
+    maximum = torch.empty(batch, heads, n_q * Q_TILE, dtype=torch.float32, device=q.device)
+    strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride(), *_broadcast_strides(mask))
+    sizes = (heads, heads // k.shape[1], q_len, k_len, n_q, n_k, call.scale)
+    shared = {
+        "DIM": dim, "PADDED": launch.padded(dim), "V_DIM": v_dim, "V_PADDED": launch.padded(v_dim),
+        "Q_TILE": Q_TILE, "K_TILE": K_TILE, "CAUSAL": call.is_causal, "MASK": mask_kind,
+        "PRODUCT": launch.product(arch),
+    }  # fmt: skip
+    grid = (batch * heads * n_q,)
+    launch.run(
+        loop.attend_kernel, grid,
+        q, k, v, mask, out, lse,
+        call.queries.codes, call.queries.scale, call.queries.offset, call.queries.exact,
+        call.keys.codes, call.keys.scale, call.keys.flags, kind,
+        call.selection.tiles, call.selection.counts, call.selection.order, call.thresholds,
+        skipped, spoiled, maximum,
+        *strides, *_broadcast_strides(kind), *sizes, math.log(PV_DROP_BUDGET / k_len),
+        **shared, QUANTIZED=call.quantized, STAGE_2=call.skips, LSE=lse is not None,
+        LOOP_STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    launch.run(
+        spread_non_finite_kernel, grid,
+        q, k, v, mask, out, call.keys.flags, call.selection.tiles, call.selection.counts, spoiled, maximum,
+        *strides, *sizes, **shared, FEW=16, num_warps=4,
+    )  # fmt: skip
+    return skipped
+
+
+def statistics(selection: Selection, skipped: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Density and pv_skipped, fp32 [B, Hq], of what was selected and skipped."""
+    totals = selection.counts.sum(2)  # int64 [B, Hq, 3]
+    computed, visible = totals[..., 0] + totals[..., 1], totals[..., 2]
+    density = torch.where(visible > 0, computed / visible, 1).float()
+    if skipped is None:
+        return density, torch.zeros_like(density)
+    return density, (skipped.sum(2) / computed.clamp(min=1)).float()
+
+
+def _broadcast_strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of a [B or 1, H or 1, M or 1, N or 1] tensor as if it were expanded."""
+    if x is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensors' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

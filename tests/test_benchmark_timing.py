@@ -1,0 +1,72 @@
+"""How the benchmark times calls and splits its time, on clocks of the tests' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+class FakeGpu:
+    """Events on a clock that only calls and spinning move; `host`: seconds the host takes to issue each call."""
+
+    def __init__(self, monkeypatch, host):
+        self.now, self.host, self.slept = 0.0, iter(host), []
+        monkeypatch.setattr("timing.time.perf_counter", lambda: self.now)
+
+    def call(self):
+        self.now += next(self.host)
+
+    def _sleep(self, cycles):
+        self.slept.append(cycles)
+
+    def Event(self, enable_timing):
+        return SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda after: 7.0)
+
+
+def test_a_call_is_measured_again_where_the_host_was_too_slow(monkeypatch):
+    from timing import CYCLES_PER_SECOND, SHORTEST_START, EventStopwatch
+
+    gpu = FakeGpu(monkeypatch, [3e-3, 3e-3, 3e-3])
+    watch = EventStopwatch(gpu.call, torch.empty(4), cuda=gpu)
+    assert watch().seconds == 7e-3 and watch().issue == pytest.approx(3e-3)
+    assert gpu.slept == [int(start * CYCLES_PER_SECOND) for start in (SHORTEST_START, 6e-3, 6e-3)]
+
+
+def test_a_call_that_waits_for_the_gpu_is_measured_all_the_same(monkeypatch):
+    from timing import TRIES, EventStopwatch
+
+    gpu = FakeGpu(monkeypatch, [1.0] * TRIES)
+    assert EventStopwatch(gpu.call, torch.empty(4), cuda=gpu)().seconds == 7e-3
+
+
+def test_rounds_interleave_and_end_at_the_deadline():
+    from timing import FEWEST_ROUNDS, Timing, rounds
+
+    order = []
+    watches = {name: lambda name=name: order.append(name) or Timing(1.0) for name in "ab"}
+    assert len(rounds(watches, 5)) == 5 and order == ["a", "b"] * 5
+    assert len(rounds(watches, 5, deadline=0.0, clock=lambda: 1.0)) == FEWEST_ROUNDS
+    assert len(rounds(watches, 1, deadline=0.0, clock=lambda: 1.0)) == 1
+    assert rounds(watches, 0) == []
+
+
+def test_the_budget_gives_what_is_left_by_work():
+    from budget import SETTING_UP, Budget
+
+    now = [100.0]
+    budget = Budget(60, [0, SETTING_UP, 3 * SETTING_UP], clock=lambda: now[0])
+    assert budget.deadline(0) == pytest.approx(100 + 60 / 7)
+    now[0] = 101  # the first one was quick
+    assert budget.deadline(1) == pytest.approx(101 + 59 * 2 / 6)
+    now[0] = 150
+    assert budget.deadline(2) == pytest.approx(160)
+    now[0] = 160
+    assert budget.deadline(2) is None
