@@ -16,7 +16,7 @@ from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
 
 KEEP_ALL = Thresholds(topk=1.0, cdf=1.0, similarity=-1.0, pv=NEVER_SKIP)
 SAME_TILES_LIMIT = 2e-2  # relative L1 between two peers that compute the same tiles
-SELECTION_LIMIT = 1e-3  # share of the tiles that two ways to choose them may differ in: rounding decides equal scores
+SELECTION_LIMIT = 2e-3  # share of the tiles that two ways to choose them may differ in: rounding decides equal scores
 
 
 @dataclass(frozen=True)

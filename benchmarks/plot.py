@@ -27,6 +27,8 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
         axes.set_title(f"head dim {head_dim}, {'causal' if is_causal else 'not causal'}")
         axes.set_xlabel("tokens")
         axes.set_ylabel("times as fast as the best dense peer")

@@ -162,5 +162,5 @@ def _heads(
 
 def _precision(policy: Policy) -> str:
     if policy.precision == "fp8":
-        raise _Refused("precision='fp8' needs a GPU kernel; use 'auto' or 'int8' here")
+        raise _Refused("precision='fp8' has no kernel yet; use 'auto' or 'int8'")
     return "int8" if policy.precision == "auto" else policy.precision

@@ -106,7 +106,7 @@ def attention(
     if reason is None and isinstance(scale, Tensor):
         reason = "scale is a tensor"
     if reason is None and chosen.precision == "fp8":
-        reason = "precision='fp8' needs a GPU kernel; use 'auto' or 'int8'"
+        reason = "precision='fp8' has no kernel yet; use 'auto' or 'int8'"
     short = min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
     if reason is None and not short:
         reason = _unavailable(q.device, attn_mask is not None)

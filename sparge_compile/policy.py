@@ -30,7 +30,7 @@ class Policy:
             maximum skips its P V product. None: ln(0.01 / keys), so that no row drops more than 1 % of its mass.
         min_tokens: calls with fewer queries or fewer keys stay dense. None: the measured break-even of the device.
         dense: fnmatch patterns on site names (`blocks.3.attn1`, `blocks.0.*`) that stay dense.
-        precision: `int8` quantizes Q and K, `none` does not, `fp8` needs a GPU kernel, `auto` is the best
+        precision: `int8` quantizes Q and K, `none` does not, `fp8` has no kernel yet, `auto` is the best
             the device has.
         strict: raise instead of leaving an attention call dense. Sites named in `dense`, and everything under
             `enabled=False`, are dense by request and do not raise.

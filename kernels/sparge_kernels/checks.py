@@ -54,7 +54,7 @@ def check_call(
     _check_sizes(query, key, value)
     _check_heads(query.shape[1], key.shape[1], enable_gqa)
     if precision not in PRECISIONS:
-        hint = " (fp8 needs a GPU kernel)" if precision == "fp8" else ""
+        hint = " (fp8 has no kernel yet)" if precision == "fp8" else ""
         raise ValueError(f"precision={precision!r} is not supported{hint}; allowed: {_names(PRECISIONS)}.")
     if sorted(layout) != [0, 1, 2, 3]:
         raise ValueError(f"layout={list(layout)} is not a permutation of [0, 1, 2, 3], outermost first.")

@@ -19,7 +19,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if getattr(item, "callspec", None) is not None and item.callspec.params.get("kernel") is run_triton:
+        runs_kernel = getattr(item, "callspec", None) is not None and item.callspec.params.get("kernel") is run_triton
+        if runs_kernel or item.get_closest_marker("interpreted"):
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
     dropped = set()
     for of_one_test in cases.values():

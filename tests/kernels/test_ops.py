@@ -96,7 +96,7 @@ REFUSED = {
     "batch": ({"query": torch.randn(2, 2, 8, 16)}, ValueError, "batch size"),
     "gqa-not-enabled": ({"query": torch.randn(1, 4, 8, 16)}, ValueError, "enable_gqa=True"),
     "gqa-no-multiple": ({"query": torch.randn(1, 3, 8, 16), "enable_gqa": True}, ValueError, "multiples"),
-    "fp8": ({"precision": "fp8"}, ValueError, "GPU kernel"),
+    "fp8": ({"precision": "fp8"}, ValueError, "no kernel yet"),
     "unknown-precision": ({"precision": "int4"}, ValueError, "int8, none"),
     "layout": ({"layout": [0, 1, 1, 3]}, ValueError, "permutation"),
     "thresholds": ({"thresholds": [0.0, 1.0]}, ValueError, "2 numbers"),

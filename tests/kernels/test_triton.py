@@ -33,6 +33,7 @@ from sparge_kernels import reference
 from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
 
 triton = pytest.importorskip("sparge_kernels.triton")
+pytestmark = pytest.mark.interpreted
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SKIPPING = Thresholds(topk=0.8, cdf=1.0, similarity=-1.0, pv=-1.0)
 
@@ -70,7 +71,7 @@ def assert_as_specified(q: Tensor, k: Tensor, v: Tensor, thresholds: list[Thresh
 @pytest.mark.parametrize("threshold", [KEEP_ALL, HALF, DEFAULT, SKIPPING], ids=["all", "half", "default", "skipping"])
 @pytest.mark.parametrize("q_len, k_len", [(1, 1), (1, 300), (127, 65), (129, 128), (257, 191), (300, 70)], ids=str)
 def test_lengths(is_causal, precision, threshold, q_len, k_len):
-    q, k, v = random_qkv(q_len, k_len, heads=4, kv_heads=2, dim=32)
+    q, k, v = random_qkv(q_len, k_len, heads=2, kv_heads=1, dim=32)
     assert_as_specified(2 * q, k, v, [threshold], is_causal=is_causal, precision=precision)
 
 
@@ -84,21 +85,20 @@ def test_head_dims(dtype, precision, dim, value_dim):
 
 @both_causal
 def test_structured_inputs_where_tiles_are_dropped_and_products_skipped(is_causal):
-    q, k, v = smooth_field((1, 8, 128), heads=2, gain=8.0, offset=0.0, correlation=(0.5, 1.0, 32.0))
+    q, k, v = smooth_field((1, 6, 128), heads=1, gain=8.0, offset=0.0, correlation=(0.5, 1.0, 32.0))
     _, _, density, _, _ = stages(q, k, v, [DEFAULT], is_causal=is_causal)
     assert density.max() < 1
     assert_as_specified(q, k, v, [DEFAULT], is_causal=is_causal)
     _, _, _, skipped, _ = stages(q, k, v, [SKIPPING], is_causal=is_causal)
     assert skipped.min() > 0
-    assert_as_specified(q, k, v, [SKIPPING, KEEP_ALL], is_causal=is_causal)
+    assert_as_specified(q, k, v, [SKIPPING], is_causal=is_causal)
 
 
 @both_precisions
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_masks(precision, mask):
-    q, k, v = random_qkv(200, 260, batch=2, heads=4, kv_heads=2)
-    for threshold in (HALF, SKIPPING):
-        assert_as_specified(q, k, v, [threshold], attn_mask=mask(2, 4, 200, 260), precision=precision)
+    q, k, v = random_qkv(140, 200, batch=2, heads=2, kv_heads=1)
+    assert_as_specified(q, k, v, [SKIPPING, HALF], attn_mask=mask(2, 2, 140, 200), precision=precision)
 
 
 @both_causal
@@ -116,7 +116,7 @@ def test_layouts_of_inputs_output_and_mask(layout):
     assert_as_specified(q, k, v, [HALF], attn_mask=mask)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=200 if DEVICE == "cuda" else 12)
 @given(
     q_len=st.integers(1, 270),
     k_len=st.integers(1, 270),
