@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -84,18 +80,6 @@ def smooth_problem(
     """A smooth field of tests/kernels/workloads.py, made on `device`; `tokens` is a multiple of 128."""
     rows = tokens // ROW
     height = next(h for h in (8, 4, 2, 1) if rows % h == 0)
-    with _made_on(torch.device(device)):
-        field = smooth_field((rows // height, height, ROW), heads=heads, head_dim=head_dim)
+    field = smooth_field((rows // height, height, ROW), heads=heads, head_dim=head_dim, device=device)
     q, k, v = (x.contiguous().to(dtype) for x in field)
     return Problem(q, k, v, is_causal, precision)
-
-
-@contextmanager
-def _made_on(device: torch.device) -> Iterator[None]:
-    """New tensors and random numbers are made on `device`: the host would take minutes for a long field."""
-    if device.type == "cpu":
-        yield
-        return
-    generator = functools.partial(torch.Generator, device=device)  # has no default device that could be set
-    with device, mock.patch.object(torch, "Generator", generator):
-        yield

@@ -1,4 +1,4 @@
-"""Where there is no GPU, the GPU kernels are tested in Triton's interpreter, which is chosen when Triton is imported."""
+"""Without a GPU the GPU kernels are tested in Triton's interpreter, which is chosen when Triton is imported."""
 
 from __future__ import annotations
 

@@ -95,7 +95,9 @@ def unavailable(device: torch.device, has_mask: bool = False, k_len: int = 0) ->
     try:
         from sparge_kernels import triton
     except ImportError as error:
-        return f"the GPU kernels need Triton, which cannot be imported here ({error}); install the one of your torch build"
+        return (
+            f"the GPU kernels need Triton, which cannot be imported here ({error}); install the one of your torch build"
+        )
     return triton.unavailable(device, k_len)
 
 

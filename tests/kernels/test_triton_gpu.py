@@ -31,7 +31,9 @@ def relative_l1(output, expected):
 def test_a_captured_graph_replays_with_changed_inputs(is_causal, warm):
     q, k, v = qkv(1000)
     own = {"thresholds": DEFAULT if warm else type(DEFAULT)(0.37 if is_causal else 0.36, 1.0, -1.0, -7.0)}
-    call(q, k, v, KEEP_ALL, is_causal=is_causal)  # compiles; the second case lets other thresholds come first in capture
+    call(
+        q, k, v, KEEP_ALL, is_causal=is_causal
+    )  # compiles; the second case lets other thresholds come first in capture
     if warm:
         call(q, k, v, **own, is_causal=is_causal)
     else:

@@ -136,7 +136,10 @@ def test_a_number_that_is_not_finite_spoils_the_prediction_of_its_own_tiles(whic
 
 
 def crafted(scores: Tensor, q_similarity: Tensor, k_similarity: Tensor, kind: Tensor, flags: Tensor):
-    """Tiles whose proxy scores are `scores` [nQ, nK]: the bias of a mask over means of zero."""
+    """Tiles whose proxy scores are `scores` [nQ, nK]: the bias of a mask over means of zero.
+
+    With a scale of -1 the means give -0, which adds nothing, not even to -0.
+    """
     n_q, n_k = scores.shape
     zeros = torch.zeros(1, 1, max(n_q, n_k), 32)
     queries = QueryTiles(None, None, None, None, zeros[:, :, :n_q].contiguous().to(DEVICE), q_similarity.to(DEVICE))
@@ -182,7 +185,7 @@ def test_any_scores_similarities_and_kinds(n_q, n_k, numbers, topk, cdf, similar
     k_len = n_k * K_TILE - seed % 2
     tiles = crafted(scores, q_similarity, k_similarity, kind, flags)
     selection = select.select_tiles(
-        *tiles, on_gpu_numbers([threshold]), is_causal=False, scale=1.0, q_len=n_q * Q_TILE, k_len=k_len,
+        *tiles, on_gpu_numbers([threshold]), is_causal=False, scale=-1.0, q_len=n_q * Q_TILE, k_len=k_len,
         quantized=True,
     )  # fmt: skip
 

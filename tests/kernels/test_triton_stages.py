@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kernel_cases import LAYOUTS, both_causal, random_qkv
 from mask_cases import MASKS
@@ -222,6 +222,7 @@ def test_masks_of_every_kind_and_shape(name, q_len, k_len):
     other=st.sampled_from([0.0, -3.0, -7.9, -8.0, -8.1, 8.1, -1e9, -INF, INF, NAN]),
     place=st.integers(0, 2**20),
 )
+@example(q_len=130, k_len=70, common=0.0, other=-8.0, place=9000)
 def test_one_number_decides_on_its_tile_of_the_mask_alone(q_len, k_len, common, other, place):
     mask = torch.full((1, 1, q_len, k_len), common)
     mask.view(-1)[place % mask.numel()] = other

@@ -21,16 +21,17 @@ def smooth_field(
     noise: float = 0.2,
     offset: float = 0.5,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v fp32 [1, heads, frames * height * width, head_dim].
 
     K is the field, Q the field plus a common `offset`, each with white noise of its own; V is another field.
     Scores q . k / sqrt(head_dim) lie within about gain^2 nats of 0. `correlation` is in tokens along each axis.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def field() -> Tensor:
-        x = torch.randn(heads * head_dim, *grid, generator=generator)
+        x = torch.randn(heads * head_dim, *grid, generator=generator, device=device)
         for axis, length in enumerate(correlation, start=1):
             x = _blur(x, axis, length)
         # Contiguous, as projections give them: over head_dim-major inputs dense SDPA is several times slower.
@@ -38,11 +39,11 @@ def smooth_field(
         return F.normalize(x, dim=-1)
 
     def white() -> Tensor:
-        return noise * torch.randn(heads, tokens, head_dim, generator=generator) / head_dim**0.5
+        return noise * torch.randn(heads, tokens, head_dim, generator=generator, device=device) / head_dim**0.5
 
     tokens = grid[0] * grid[1] * grid[2]
     base = field()
-    common = offset * F.normalize(torch.randn(heads, 1, head_dim, generator=generator), dim=-1)
+    common = offset * F.normalize(torch.randn(heads, 1, head_dim, generator=generator, device=device), dim=-1)
     amplitude = gain * head_dim**0.25
     q = (base + common + white()) * amplitude
     k = (base + white()) * amplitude
@@ -52,7 +53,7 @@ def smooth_field(
 
 def _blur(x: Tensor, axis: int, length: float) -> Tensor:
     """Periodic Gaussian blur along one axis by FFT; `length` is its standard deviation in tokens."""
-    frequencies = torch.fft.fftfreq(x.shape[axis])
+    frequencies = torch.fft.fftfreq(x.shape[axis], device=x.device)
     window = (-2 * (torch.pi * length * frequencies).square()).exp()
     shape = [1] * x.dim()
     shape[axis] = -1

@@ -23,6 +23,7 @@ from sparge_kernels.triton.keys import KeyTiles, prepare_keys
 from sparge_kernels.triton.mask import MaskTiles, classify_mask
 from sparge_kernels.triton.nonfinite import spread_non_finite_kernel
 from sparge_kernels.triton.queries import QueryTiles, prepare_queries
+from sparge_kernels.triton.rows import row_strides, unit_last_stride
 from sparge_kernels.triton.select import MAX_K_TILES, Selection, select_tiles
 
 MAX_KEYS = MAX_K_TILES * K_TILE
@@ -75,8 +76,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Writes the attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D / Dv] to out [B, Hq, Sq, Dv].
 
-    One threshold entry per query head; any strides; no empty tensors; at most `MAX_KEYS` keys. Query head h reads kv head
-    h // (Hq // Hkv). lse: fp32 [B, Hq, Sq] contiguous, receives ln of the sum of exp(score) over the computed keys.
+    One threshold entry per query head; any strides; no empty tensors; at most `MAX_KEYS` keys. Query head h reads kv
+    head h // (Hq // Hkv). lse: fp32 [B, Hq, Sq], contiguous, receives ln of the sum of exp(score) over computed keys.
     Returns density and pv_skipped, fp32 [B, Hq].
     """
     with _current(q.device):
@@ -91,7 +92,7 @@ def attention(
             precision=precision,
         )
         skipped = attend(prepared, out, lse)
-        return statistics(prepared.selection, skipped)
+        return statistics(prepared.selection, skipped, q.shape[2])
 
 
 def prepare(
@@ -130,54 +131,61 @@ def prepare(
 
 
 def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | None:
-    """The sparse loop, into `out`. Returns the tiles per query tile whose P V stage 2 skipped, int32 [B, Hq, nQ]."""
-    q, k, v, mask = call.q, call.k, call.v, call.attn_mask
+    """The sparse loop, into `out`. Returns the tiles whose P V stage 2 skipped, int32 [B, Hq, nQ, parts of a tile];
+    None if no head has stage 2.
+    """
+    q, k, v = (unit_last_stride(x) for x in (call.q, call.k, call.v))
+    mask, kind = call.attn_mask, None if call.mask_tiles is None else call.mask_tiles.kind
     batch, heads, q_len, dim = q.shape
     k_len, v_dim = k.shape[2], v.shape[3]
     n_q, n_k = tile_count(q_len, Q_TILE), tile_count(k_len, K_TILE)
-    skipped = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device) if call.skips else None
-    kind = None if call.mask_tiles is None else call.mask_tiles.kind
-    mask_kind = loop.NO_MASK if mask is None else loop.BOOL_MASK if mask.dtype == torch.bool else loop.FLOAT_MASK
-    code_bytes = launch.padded(dim) * (1 if call.quantized else k.element_size())
     arch = launch.architecture(q.device)
-    config = launch.attend_config(arch, K_TILE * (code_bytes + launch.padded(v_dim) * v.element_size()))
-    spoiled = torch.empty(batch, heads, n_q, dtype=torch.int8, device=q.device)
-    maximum = torch.empty(batch, heads, n_q * Q_TILE, dtype=torch.float32, device=q.device)
-    strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride(), *_broadcast_strides(mask))
+    config = launch.attend_config(arch, max(launch.padded(dim), launch.padded(v_dim)), q.element_size())
+    parts = Q_TILE // config.rows
+    strides, unit = row_strides(q, k, v)
+    strides = (*strides, *out.stride(), *_broadcast_strides(mask))
     sizes = (heads, heads // k.shape[1], q_len, k_len, n_q, n_k, call.scale)
     shared = {
-        "DIM": dim, "PADDED": launch.padded(dim), "V_DIM": v_dim, "V_PADDED": launch.padded(v_dim),
-        "Q_TILE": Q_TILE, "K_TILE": K_TILE, "CAUSAL": call.is_causal, "MASK": mask_kind,
+        "UNIT": unit, "DIM": dim, "PADDED": launch.padded(dim), "V_DIM": v_dim, "V_PADDED": launch.padded(v_dim),
+        "Q_TILE": Q_TILE, "K_TILE": K_TILE, "CHUNK": min(config.chunk, launch.padded(dim)), "CAUSAL": call.is_causal,
+        "MASK": loop.NO_MASK if mask is None else loop.BOOL_MASK if mask.dtype == torch.bool else loop.FLOAT_MASK,
         "PRODUCT": launch.product(arch),
     }  # fmt: skip
-    grid = (batch * heads * n_q,)
+
+    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
+
+    skipped = new(n_q, parts, dtype=torch.int32) if call.skips else None
+    spoiled, maximum = new(n_q, dtype=torch.int8), new(n_q * Q_TILE, dtype=torch.float32)
     launch.run(
-        loop.attend_kernel, grid,
+        loop.attend_kernel, (batch * heads * n_q * parts,),
         q, k, v, mask, out, lse,
         call.queries.codes, call.queries.scale, call.queries.offset, call.queries.exact,
         call.keys.codes, call.keys.scale, call.keys.flags, kind,
-        call.selection.tiles, call.selection.counts, call.selection.order, call.thresholds,
-        skipped, spoiled, maximum,
+        call.selection.tiles, call.selection.counts, call.selection.order, call.thresholds, skipped, spoiled, maximum,
         *strides, *_broadcast_strides(kind), *sizes, math.log(PV_DROP_BUDGET / k_len),
-        **shared, QUANTIZED=call.quantized, STAGE_2=call.skips, LSE=lse is not None,
+        **shared, ROWS=config.rows, QUANTIZED=call.quantized, STAGE_2=call.skips, LSE=lse is not None,
         LOOP_STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     launch.run(
-        spread_non_finite_kernel, grid,
+        spread_non_finite_kernel, (batch * heads * n_q,),
         q, k, v, mask, out, call.keys.flags, call.selection.tiles, call.selection.counts, spoiled, maximum,
-        *strides, *sizes, **shared, FEW=16, num_warps=4,
+        *strides, *sizes, **shared, FEW=16, num_warps=8,
     )  # fmt: skip
     return skipped
 
 
-def statistics(selection: Selection, skipped: Tensor | None) -> tuple[Tensor, Tensor]:
+def statistics(selection: Selection, skipped: Tensor | None, q_len: int) -> tuple[Tensor, Tensor]:
     """Density and pv_skipped, fp32 [B, Hq], of what was selected and skipped."""
     totals = selection.counts.sum(2)  # int64 [B, Hq, 3]
     computed, visible = totals[..., 0] + totals[..., 1], totals[..., 2]
     density = torch.where(visible > 0, computed / visible, 1).float()
     if skipped is None:
         return density, torch.zeros_like(density)
-    return density, (skipped.sum(2) / computed.clamp(min=1)).float()
+    parts = skipped.shape[3]
+    empty = parts - tile_count((q_len - 1) % Q_TILE + 1, Q_TILE // parts)  # of the last query tile
+    products = computed * parts - empty * selection.counts[:, :, -1, :2].sum(-1)
+    return density, (skipped.sum((2, 3)) / products.clamp(min=1)).float()
 
 
 def _broadcast_strides(x: Tensor | None) -> tuple[int, ...]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparge_kernels.triton.keys import NON_FINITE_V
+from sparge_kernels.triton.mask import PARTIAL
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
-# What attn_mask is, and the kinds of mask.classify_mask that the loop asks for.
+# What attn_mask is.
 NO_MASK: tl.constexpr = tl.constexpr(0)
 BOOL_MASK: tl.constexpr = tl.constexpr(1)
 FLOAT_MASK: tl.constexpr = tl.constexpr(2)
-PARTIAL: tl.constexpr = tl.constexpr(3)
-NON_FINITE_V: tl.constexpr = tl.constexpr(2)  # bit of KeyTiles.flags
 
 
 @triton.jit
@@ -35,17 +36,30 @@ def multiply(a, b, acc, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def exact_scores(
-    q, k_rows, mask_rows, rows, keys, dims, k_token, k_dim, mask_query, mask_key, q_len, k_len, wanted, to_log2,
-    DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRODUCT: tl.constexpr,
+def unquantized_scores(
+    q_rows, k_rows, q_len, k_len, rows, keys, q_token, k_token, scale,
+    UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile in log2 units [BM, BN], -inf where hidden, and which keys the rows see but for the mask.
+    """Q K^T * scale in log2 units [rows, keys], CHUNK dimensions at a time: all of Q would fill the registers."""
+    q_at = q_rows + rows.to(tl.int64)[:, None] * q_token * UNIT
+    k_at = k_rows + keys.to(tl.int64)[None, :] * k_token * UNIT
+    s = tl.zeros([rows.shape[0], keys.shape[0]], tl.float32)
+    for first in tl.range(0, PADDED, CHUNK, num_stages=1):  # at run time: unrolled, it would be hoisted whole
+        dims = first + tl.arange(0, CHUNK)
+        q = tl.load(q_at + dims[None, :], mask=(rows < q_len)[:, None] & (dims < DIM)[None, :], other=0.0)
+        k = tl.load(k_at + dims[:, None], mask=(keys < k_len)[None, :] & (dims < DIM)[:, None], other=0.0)
+        s = multiply(q, k, s, PRODUCT)
+    return s * (scale * LOG2_E)
 
-    `wanted` [BM]: the rows that meet the tile.
+
+@triton.jit
+def mask_scores(
+    s, mask_rows, rows, keys, mask_query, mask_key, q_len, k_len, wanted, CAUSAL: tl.constexpr, MASK: tl.constexpr
+):
+    """s under causality and mask, -inf where hidden, and which keys the rows see but for the mask [rows, keys].
+
+    `wanted` [rows]: the rows that meet the tile.
     """
-    k_at = k_rows + keys.to(tl.int64)[None, :] * k_token + dims.to(tl.int64)[:, None] * k_dim
-    k = tl.load(k_at, mask=(keys < k_len)[None, :] & (dims < DIM)[:, None], other=0.0)  # [D', BN]
-    s = multiply(q, k, tl.zeros([rows.shape[0], keys.shape[0]], tl.float32), PRODUCT) * to_log2
     seen = (keys < k_len)[None, :] & wanted[:, None]
     if CAUSAL:
         seen = seen & (keys[None, :] <= rows[:, None])
@@ -69,19 +83,22 @@ def _finite(x):
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr,
     q_codes, q_scales, q_offsets, q_exact, k_codes, k_scales, k_flags, kind_ptr,
-    tiles_ptr, counts_ptr, order_ptr, thresholds_ptr,
-    skipped_ptr, spoiled_ptr, maximum_ptr,
-    q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim,
-    v_batch, v_head, v_token, v_dim, out_batch, out_head, out_token, out_dim,
-    mask_batch, mask_head, mask_query, mask_key,
-    kind_batch, kind_head, kind_query, kind_key,
-    heads, group, q_len, k_len, n_q, n_k, scale, certificate,
-    DIM: tl.constexpr, PADDED: tl.constexpr, V_DIM: tl.constexpr, V_PADDED: tl.constexpr,
-    Q_TILE: tl.constexpr, K_TILE: tl.constexpr, QUANTIZED: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    STAGE_2: tl.constexpr, LSE: tl.constexpr, PRODUCT: tl.constexpr, LOOP_STAGES: tl.constexpr,
+    tiles_ptr, counts_ptr, order_ptr, thresholds_ptr, skipped_ptr, spoiled_ptr, maximum_ptr,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    out_batch, out_head, out_token, out_dim, mask_batch, mask_head, mask_query, mask_key,
+    kind_batch, kind_head, kind_query, kind_key, heads, group, q_len, k_len, n_q, n_k, scale, certificate,
+    UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, V_DIM: tl.constexpr, V_PADDED: tl.constexpr,
+    Q_TILE: tl.constexpr, K_TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    QUANTIZED: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, STAGE_2: tl.constexpr, LSE: tl.constexpr,
+    PRODUCT: tl.constexpr, LOOP_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Writes one query tile of the output; grid (B * Hq * nQ,). Heads one after another keep K and V in L2."""
-    program = tl.program_id(0).to(tl.int64)
+    """Writes ROWS rows of a query tile of the output; grid (B * Hq * nQ * Q_TILE / ROWS,).
+
+    Heads one after another keep K and V in L2. Strides of q, k, v are in units of UNIT numbers; their last one is 1.
+    """
+    PARTS: tl.constexpr = Q_TILE // ROWS
+    program = tl.program_id(0).to(tl.int64) // PARTS
+    part = tl.program_id(0) % PARTS
     head = program // n_q  # of all batches
     i = tl.load(order_ptr + program)
     batch, q_head_index = head // heads, head % heads
@@ -89,60 +106,58 @@ def attend_kernel(
     kv_head = batch * (heads // group) + kv_head_index
     tile_row = head * n_q + i
 
-    rows = i * Q_TILE + tl.arange(0, Q_TILE)
+    in_tile = part * ROWS + tl.arange(0, ROWS)
+    rows = i * Q_TILE + in_tile
     keys_in_tile = tl.arange(0, K_TILE)
     dims, v_dims = tl.arange(0, PADDED), tl.arange(0, V_PADDED)
-    v_dim_offsets = v_dims.to(tl.int64) * v_dim
-    k_rows = k_ptr + batch * k_batch + kv_head_index * k_head
-    v_rows = v_ptr + batch * v_batch + kv_head_index * v_head
-    sign = tl.where(scale < 0, -1.0, 1.0)  # Q carries it, so that a larger product is a larger score
-    to_log2 = tl.abs(scale) * LOG2_E
+    q_rows = q_ptr + (batch * q_batch + q_head_index * q_head) * UNIT
+    k_rows = k_ptr + (batch * k_batch + kv_head_index * k_head) * UNIT
+    v_rows = v_ptr + (batch * v_batch + kv_head_index * v_head) * UNIT
     # The weights meet V in its dtype; fp32 V in bf16 when the scores are quantized anyway.
     NARROW_V: tl.constexpr = QUANTIZED and v_ptr.dtype.element_ty == tl.float32
     PV_TYPE: tl.constexpr = tl.bfloat16 if NARROW_V else v_ptr.dtype.element_ty
 
-    q_at = q_ptr + batch * q_batch + q_head_index * q_head
-    q_at += rows.to(tl.int64)[:, None] * q_token + dims.to(tl.int64)[None, :] * q_dim
-    q_seen = (rows < q_len)[:, None] & (dims < DIM)[None, :]
     list_at = tiles_ptr + tile_row * n_k
     n_plain = tl.load(counts_ptr + tile_row * 3)
     n_all = n_plain + tl.load(counts_ptr + tile_row * 3 + 1)
+    if i * Q_TILE + part * ROWS >= q_len:  # no row is here
+        n_plain, n_all = 0, 0
     skip_below = 0.0
     if STAGE_2:
         pv = tl.load(thresholds_ptr + q_head_index * 4 + 3).to(tl.float32)
         skip_below = tl.where(pv == 0, certificate, pv) * LOG2_E
 
-    m = tl.full([Q_TILE], float("-inf"), tl.float32)
-    mass = tl.zeros([Q_TILE], tl.float32)
-    acc = tl.zeros([Q_TILE, V_PADDED], tl.float32)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, V_PADDED], tl.float32)
     skipped = 0
     first_exact = n_plain
     row_exact = rows < 0
-
     if QUANTIZED:
-        q = tl.load(q_codes + (tile_row * Q_TILE + tl.arange(0, Q_TILE))[:, None] * PADDED + dims[None, :])  # [BM, D']
-        q_scale = tl.load(q_scales + tile_row * Q_TILE + tl.arange(0, Q_TILE))  # [BM]
+        q = tl.load(q_codes + (tile_row * Q_TILE + in_tile)[:, None] * PADDED + dims[None, :])  # [BM, D']
+        q_scale = tl.load(q_scales + tile_row * Q_TILE + in_tile)  # [BM]
         row_exact = q_scale != q_scale
         if tl.load(q_exact + tile_row) != 0:
             first_exact = 0
-    else:
-        q = (tl.load(q_at, mask=q_seen, other=0.0) * sign).to(q_ptr.dtype.element_ty)  # [BM, D']
     counted = (rows < q_len) & (row_exact == 0)
 
     for t in tl.range(0, n_plain, num_stages=LOOP_STAGES):
         j = tl.load(list_at + t)
+        v_at = v_rows + (j * K_TILE + keys_in_tile).to(tl.int64)[:, None] * v_token * UNIT + v_dims[None, :]
+        # Loaded before stage 2 may skip it: behind the branch the loads are not pipelined.
+        v = tl.load(v_at) if V_DIM == V_PADDED else tl.load(v_at, mask=(v_dims < V_DIM)[None, :], other=0.0)
         if QUANTIZED:
             code_rows = (kv_head * n_k + j) * K_TILE + keys_in_tile
             k = tl.load(k_codes + code_rows[None, :] * PADDED + dims[:, None])  # [D', BN]
-            factor = q_scale * (tl.load(k_scales + kv_head * n_k + j) * to_log2)  # [BM], not negative
+            # Not negative: the codes of Q carry the sign of a negative scale.
+            factor = q_scale * (tl.load(k_scales + kv_head * n_k + j) * (tl.abs(scale) * LOG2_E))  # [BM]
             s = tl.dot(q, k).to(tl.float32)  # [BM, BN]
         else:
-            k_at = k_rows + (j * K_TILE + keys_in_tile).to(tl.int64)[None, :] * k_token
-            k_at += dims.to(tl.int64)[:, None] * k_dim
-            k = tl.load(k_at) if DIM == PADDED else tl.load(k_at, mask=(dims < DIM)[:, None], other=0.0)
-            factor = tl.full([Q_TILE], 1.0, tl.float32) * to_log2
-            s = multiply(q, k, tl.zeros([Q_TILE, K_TILE], tl.float32), PRODUCT)
-        v_at = v_rows + (j * K_TILE + keys_in_tile).to(tl.int64)[:, None] * v_token + v_dim_offsets[None, :]
+            factor = tl.full([ROWS], 1.0, tl.float32)
+            s = unquantized_scores(
+                q_rows, k_rows, q_len, k_len, rows, j * K_TILE + keys_in_tile, q_token, k_token, scale,
+                UNIT, DIM, PADDED, CHUNK, PRODUCT,
+            )  # fmt: skip
         largest = tl.max(s, 1) * factor
         m_new = tl.maximum(m, largest)
         p = tl.exp2(s * factor[:, None] - m_new[:, None])
@@ -152,18 +167,16 @@ def attend_kernel(
             gap = tl.max(tl.where(counted, largest - m_new, float("-inf")), 0)
             # Below: no row's maximum moved, so the decay is 1.
             if gap >= skip_below:
-                v = tl.load(v_at) if V_DIM == V_PADDED else tl.load(v_at, mask=(v_dims < V_DIM)[None, :], other=0.0)
                 acc = multiply(p.to(PV_TYPE), v.to(PV_TYPE), acc * decay[:, None], PRODUCT)
             else:
                 skipped += 1
         else:
-            v = tl.load(v_at) if V_DIM == V_PADDED else tl.load(v_at, mask=(v_dims < V_DIM)[None, :], other=0.0)
             acc = multiply(p.to(PV_TYPE), v.to(PV_TYPE), acc * decay[:, None], PRODUCT)
         m = m_new
 
     if QUANTIZED:
         # q . c, which centring took from every plain tile's scores.
-        m += tl.load(q_offsets + tile_row * Q_TILE + tl.arange(0, Q_TILE)) * (sign * to_log2)
+        m += tl.load(q_offsets + tile_row * Q_TILE + in_tile) * (scale * LOG2_E)
         m = tl.where(row_exact | (n_plain == 0), float("-inf"), m)
         mass = tl.where(row_exact, 0.0, mass)
         acc = tl.where(row_exact[:, None], 0.0, acc)
@@ -171,50 +184,48 @@ def attend_kernel(
     if MASK != NO_MASK:
         mask_rows += batch * mask_batch + q_head_index * mask_head
     spoiled = 0
-    if first_exact < n_all:
-        exact_q = (tl.load(q_at, mask=q_seen, other=0.0) * sign).to(q_ptr.dtype.element_ty)
-        for t in range(first_exact, n_all):
-            j = tl.load(list_at + t)
-            keys = j * K_TILE + keys_in_tile
-            wanted = row_exact | (t >= n_plain)  # a plain tile is here for the rows INT8 cannot hold
-            s, seen = exact_scores(
-                exact_q, k_rows, mask_rows, rows, keys, dims, k_token, k_dim, mask_query, mask_key, q_len, k_len,
-                wanted, to_log2, DIM, CAUSAL, MASK, PRODUCT,
-            )  # fmt: skip
-            largest = tl.max(s, 1)
-            m_new = tl.maximum(m, largest)
-            base = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - base[:, None])
-            decay = tl.exp2(m - base)
-            mass = mass * decay + tl.sum(p, 1)
-            v_spoils = tl.load(k_flags + kv_head * n_k + j) & NON_FINITE_V
-            spoiled |= v_spoils
-            take = True
-            if STAGE_2:
-                gap = tl.where((largest > float("-inf")) & (rows < q_len), largest - m_new, float("-inf"))
-                gap = tl.where(gap == gap, gap, float("-inf"))  # a NaN row is no reason to compute
-                exempt = (v_spoils != 0) | (t < n_plain)
-                if CAUSAL:
-                    exempt = exempt | (tl.minimum(j * K_TILE + K_TILE, k_len) > i * Q_TILE)
-                if MASK != NO_MASK:
-                    kind_at = kind_ptr + batch * kind_batch + q_head_index * kind_head
-                    exempt = exempt | (tl.load(kind_at + i * kind_query + j * kind_key) == PARTIAL)
-                take = exempt | (tl.max(gap, 0) >= skip_below)
-            if take:
-                v_at = v_rows + keys.to(tl.int64)[:, None] * v_token + v_dim_offsets[None, :]
-                v = tl.load(v_at, mask=(keys < k_len)[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
-                acc = multiply(p.to(PV_TYPE), _finite(v).to(PV_TYPE), acc * decay[:, None], PRODUCT)
-            else:
-                skipped += 1
-            m = m_new
+    for t in range(first_exact, n_all):
+        j = tl.load(list_at + t)
+        keys = j * K_TILE + keys_in_tile
+        s = unquantized_scores(
+            q_rows, k_rows, q_len, k_len, rows, keys, q_token, k_token, scale, UNIT, DIM, PADDED, CHUNK, PRODUCT
+        )
+        wanted = row_exact | (t >= n_plain)  # a plain tile is here for the rows INT8 cannot hold
+        s, _ = mask_scores(s, mask_rows, rows, keys, mask_query, mask_key, q_len, k_len, wanted, CAUSAL, MASK)
+        largest = tl.max(s, 1)
+        m_new = tl.maximum(m, largest)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - base[:, None])
+        decay = tl.exp2(m - base)
+        mass = mass * decay + tl.sum(p, 1)
+        v_spoils = tl.load(k_flags + kv_head * n_k + j) & NON_FINITE_V
+        spoiled |= v_spoils
+        take = True
+        if STAGE_2:
+            gap = tl.where((largest > float("-inf")) & (rows < q_len), largest - m_new, float("-inf"))
+            gap = tl.where(gap == gap, gap, float("-inf"))  # a NaN row is no reason to compute
+            exempt = (v_spoils != 0) | (t < n_plain)
+            if CAUSAL:
+                exempt = exempt | (tl.minimum(j * K_TILE + K_TILE, k_len) > i * Q_TILE)
+            if MASK != NO_MASK:
+                kind_at = kind_ptr + batch * kind_batch + q_head_index * kind_head
+                exempt = exempt | (tl.load(kind_at + i * kind_query + j * kind_key) == PARTIAL)
+            take = exempt | (tl.max(gap, 0) >= skip_below)
+        if take:
+            v_at = v_rows + keys.to(tl.int64)[:, None] * v_token * UNIT + v_dims[None, :]
+            v = tl.load(v_at, mask=(keys < k_len)[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
+            acc = multiply(p.to(PV_TYPE), _finite(v).to(PV_TYPE), acc * decay[:, None], PRODUCT)
+        else:
+            skipped += 1
+        m = m_new
 
-    out_rows = out_ptr + batch * out_batch + q_head_index * out_head
-    out_at = out_rows + rows.to(tl.int64)[:, None] * out_token + v_dims.to(tl.int64)[None, :] * out_dim
+    out_at = out_ptr + batch * out_batch + q_head_index * out_head
+    out_at += rows.to(tl.int64)[:, None] * out_token + v_dims.to(tl.int64)[None, :] * out_dim
     out = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=(rows < q_len)[:, None] & (v_dims < V_DIM)[None, :])
     if LSE:
         tl.store(lse_ptr + head * q_len + rows, m * LN_2 + tl.log(mass), mask=rows < q_len)
     if STAGE_2:
-        tl.store(skipped_ptr + tile_row, skipped)
-    tl.store(spoiled_ptr + tile_row, spoiled)
-    tl.store(maximum_ptr + tile_row * Q_TILE + tl.arange(0, Q_TILE), m)
+        tl.store(skipped_ptr + tile_row * PARTS + part, skipped)
+    tl.store(spoiled_ptr + tile_row, spoiled)  # the same in every part
+    tl.store(maximum_ptr + tile_row * Q_TILE + in_tile, m)

@@ -13,17 +13,28 @@ _numbers: dict[tuple[torch.device, tuple[float, ...]], torch.Tensor] = {}
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """Of the sparse loop: warps per program, depth of its software pipeline, and whether a GPU was asked."""
+    """Of the sparse loop. rows: of a query tile per program. chunk: dimensions of Q and K at a time in exact products.
+    warps: per program. stages: depth of the software pipeline. measured: on such a GPU; else by the compiler's report.
+    """
 
     warps: int
     stages: int
+    rows: int = 128
+    chunk: int = 64
     measured: bool = False
 
 
-# By architecture, then by the bytes of one K tile and one V tile together, the largest first row that holds them.
-# Nothing here was measured: warps and stages are what spills no register and fits twice into shared memory.
-_ATTEND: dict[str, tuple[tuple[int, AttendConfig], ...]] = {
-    "default": ((1 << 30, AttendConfig(8, 2)),),
+# By architecture and size of Q, K and V: head dimensions up to 128, or up to 256; 16-bit, or fp32.
+# Nothing here was measured: it is what spills no register, fits into shared memory and keeps the loads pipelined.
+_SMALL, _LARGE, _SMALL_FP32, _LARGE_FP32 = "16-bit, 128", "16-bit, 256", "fp32, 128", "fp32, 256"
+_DEFAULT = {
+    _SMALL: AttendConfig(8, 2),
+    _LARGE: AttendConfig(8, 1, rows=64),
+    _SMALL_FP32: AttendConfig(8, 1, rows=64, chunk=32),
+    _LARGE_FP32: AttendConfig(8, 1, rows=64, chunk=32),
+}
+_ATTEND: dict[str, dict[str, AttendConfig]] = {
+    "interpreter": dict.fromkeys(_DEFAULT, AttendConfig(8, 1)),  # as the reference: a query tile is one program's
 }
 
 
@@ -33,7 +44,7 @@ def padded(dim: int) -> int:
 
 
 def architecture(device: torch.device) -> str:
-    """"sm90", "gfx942", or "interpreter" for tensors on the CPU."""
+    """ "sm90", "gfx942", or "interpreter" for tensors on the CPU."""
     if device.type != "cuda":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -49,10 +60,11 @@ def product(arch: str) -> str:
     return "ieee" if arch.startswith("gfx") else "tf32x3"
 
 
-def attend_config(arch: str, tile_bytes: int) -> AttendConfig:
-    """The configuration for K and V tiles of `tile_bytes` together."""
-    rows = _ATTEND.get(arch, _ATTEND["default"])
-    return next(config for most, config in rows if tile_bytes <= most)
+def attend_config(arch: str, width: int, element_size: int) -> AttendConfig:
+    """The configuration for head dimensions padded to at most `width`, of numbers of `element_size` bytes."""
+    small, large = (_SMALL, _LARGE) if element_size == 2 else (_SMALL_FP32, _LARGE_FP32)
+    size = small if width <= 128 else large
+    return _ATTEND.get(arch, _DEFAULT).get(size, _DEFAULT[size])
 
 
 def device_numbers(values: tuple[float, ...], device: torch.device) -> torch.Tensor:

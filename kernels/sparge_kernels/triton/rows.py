@@ -27,6 +27,18 @@ def strides_in_units(x: Tensor) -> tuple[tuple[int, ...], int]:
     return (*(stride // unit for stride in outer), x.stride(3) if last == 0 else last), unit
 
 
+def unit_last_stride(x: Tensor) -> Tensor:
+    """x, or a copy of it if neighbours in the last dimension are not neighbours in memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def row_strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
+    """Strides of all dimensions but the last of each, in one unit, and that unit: as strides_in_units."""
+    strides = [0 if x.shape[axis] == 1 else x.stride(axis) for x in tensors for axis in range(x.dim() - 1)]
+    unit = _UNIT if all(stride % _UNIT == 0 for stride in strides) else 1
+    return tuple(stride // unit for stride in strides), unit
+
+
 @triton.jit
 def load_tile(
     pointer: t.Any, batch: t.Any, head: t.Any, batch_stride: t.Any, head_stride: t.Any, row_stride: t.Any,
