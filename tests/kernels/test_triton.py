@@ -55,8 +55,8 @@ def stages(q: Tensor, k: Tensor, v: Tensor, thresholds: list[Thresholds], **opti
 
 
 def rows_per_program(q: Tensor, v: Tensor) -> int:
-    width = max(launch.padded(q.shape[3]), launch.padded(v.shape[3]))
-    return launch.attend_config(launch.architecture(torch.device(DEVICE)), width, q.element_size()).rows
+    arch = launch.architecture(torch.device(DEVICE))
+    return launch.attend_config(arch, q.shape[3], v.shape[3], q.element_size()).rows
 
 
 def assert_as_specified(q: Tensor, k: Tensor, v: Tensor, thresholds: list[Thresholds], **options: object) -> None:

@@ -55,10 +55,18 @@ def unavailable(device: torch.device, k_len: int = 0) -> str | None:
     if device.type == "cpu":
         interpreted = triton.knobs.runtime.interpret
         return None if interpreted else "Triton's interpreter is off; set TRITON_INTERPRET=1 before Triton is imported"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
         return f"the GPU is sm{major}{minor}; the kernels need the matrix instructions of sm80 and later"
+    if major in (10, 11) and triton_version() < (3, 9):  # 3.6 cannot compile stage 2 there
+        return f"the GPU is sm{major}{minor}, for which Triton {triton.__version__} is too old; 3.9 and later compile"
     return None
+
+
+def triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def attention(
@@ -135,15 +143,17 @@ def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | N
     None if no head has stage 2.
     """
     q, k, v = (unit_last_stride(x) for x in (call.q, call.k, call.v))
+    in_place = out.stride(3) == 1 or out.shape[3] == 1
+    written = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
     mask, kind = call.attn_mask, None if call.mask_tiles is None else call.mask_tiles.kind
     batch, heads, q_len, dim = q.shape
     k_len, v_dim = k.shape[2], v.shape[3]
     n_q, n_k = tile_count(q_len, Q_TILE), tile_count(k_len, K_TILE)
     arch = launch.architecture(q.device)
-    config = launch.attend_config(arch, max(launch.padded(dim), launch.padded(v_dim)), q.element_size())
+    config = launch.attend_config(arch, dim, v_dim, q.element_size())
     parts = Q_TILE // config.rows
-    strides, unit = row_strides(q, k, v)
-    strides = (*strides, *out.stride(), *_broadcast_strides(mask))
+    strides, unit = row_strides(q, k, v, written)
+    strides = (*strides, *_broadcast_strides(mask))
     sizes = (heads, heads // k.shape[1], q_len, k_len, n_q, n_k, call.scale)
     shared = {
         "UNIT": unit, "DIM": dim, "PADDED": launch.padded(dim), "V_DIM": v_dim, "V_PADDED": launch.padded(v_dim),
@@ -159,7 +169,7 @@ def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | N
     spoiled, maximum = new(n_q, dtype=torch.int8), new(n_q * Q_TILE, dtype=torch.float32)
     launch.run(
         loop.attend_kernel, (batch * heads * n_q * parts,),
-        q, k, v, mask, out, lse,
+        q, k, v, mask, written, lse,
         call.queries.codes, call.queries.scale, call.queries.offset, call.queries.exact,
         call.keys.codes, call.keys.scale, call.keys.flags, kind,
         call.selection.tiles, call.selection.counts, call.selection.order, call.thresholds, skipped, spoiled, maximum,
@@ -169,9 +179,11 @@ def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | N
     )  # fmt: skip
     launch.run(
         spread_non_finite_kernel, (batch * heads * n_q,),
-        q, k, v, mask, out, call.keys.flags, call.selection.tiles, call.selection.counts, spoiled, maximum,
+        q, k, v, mask, written, call.keys.flags, call.selection.tiles, call.selection.counts, spoiled, maximum,
         *strides, *sizes, **shared, FEW=16, num_warps=8,
     )  # fmt: skip
+    if written is not out:
+        out.copy_(written)
     return skipped
 
 

@@ -85,7 +85,7 @@ def attend_kernel(
     q_codes, q_scales, q_offsets, q_exact, k_codes, k_scales, k_flags, kind_ptr,
     tiles_ptr, counts_ptr, order_ptr, thresholds_ptr, skipped_ptr, spoiled_ptr, maximum_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    out_batch, out_head, out_token, out_dim, mask_batch, mask_head, mask_query, mask_key,
+    out_batch, out_head, out_token, mask_batch, mask_head, mask_query, mask_key,
     kind_batch, kind_head, kind_query, kind_key, heads, group, q_len, k_len, n_q, n_k, scale, certificate,
     UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, V_DIM: tl.constexpr, V_PADDED: tl.constexpr,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -94,7 +94,7 @@ def attend_kernel(
 ):  # fmt: skip
     """Writes ROWS rows of a query tile of the output; grid (B * Hq * nQ * Q_TILE / ROWS,).
 
-    Heads one after another keep K and V in L2. Strides of q, k, v are in units of UNIT numbers; their last one is 1.
+    Heads one after another keep K and V in L2. Strides of q, k, v and out are in units of UNIT numbers; the last is 1.
     """
     PARTS: tl.constexpr = Q_TILE // ROWS
     program = tl.program_id(0).to(tl.int64) // PARTS
@@ -219,8 +219,8 @@ def attend_kernel(
             skipped += 1
         m = m_new
 
-    out_at = out_ptr + batch * out_batch + q_head_index * out_head
-    out_at += rows.to(tl.int64)[:, None] * out_token + v_dims.to(tl.int64)[None, :] * out_dim
+    out_at = out_ptr + (batch * out_batch + q_head_index * out_head) * UNIT
+    out_at += rows.to(tl.int64)[:, None] * out_token * UNIT + v_dims[None, :]
     out = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=(rows < q_len)[:, None] & (v_dims < V_DIM)[None, :])
     if LSE:

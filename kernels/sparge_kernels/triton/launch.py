@@ -24,16 +24,25 @@ class AttendConfig:
     measured: bool = False
 
 
-# By architecture and size of Q, K and V: head dimensions up to 128, or up to 256; 16-bit, or fp32.
-# Nothing here was measured: it is what spills no register, fits into shared memory and keeps the loads pipelined.
-_SMALL, _LARGE, _SMALL_FP32, _LARGE_FP32 = "16-bit, 128", "16-bit, 256", "fp32, 128", "fp32, 256"
+# By architecture and kind of Q, K and V: head dimensions up to 128 (if not powers of two, V is loaded under a mask), or
+# up to 256; 16-bit numbers or fp32. Nothing here was measured: it is what spills no register, fits into shared memory
+# and keeps the loads pipelined, see benchmarks/results/triton_resources.md.
+_SMALL, _ODD, _LARGE, _SMALL_FP32, _LARGE_FP32 = "128", "odd 128", "256", "fp32 128", "fp32 256"
 _DEFAULT = {
     _SMALL: AttendConfig(8, 2),
-    _LARGE: AttendConfig(8, 1, rows=64),
-    _SMALL_FP32: AttendConfig(8, 1, rows=64, chunk=32),
-    _LARGE_FP32: AttendConfig(8, 1, rows=64, chunk=32),
+    _ODD: AttendConfig(8, 2),
+    _LARGE: AttendConfig(8, 1, rows=64, chunk=32),
+    _SMALL_FP32: AttendConfig(8, 1, rows=64, chunk=16),
+    _LARGE_FP32: AttendConfig(8, 1, rows=64, chunk=16),
 }
+_FEW_ROWS = AttendConfig(8, 1, rows=32, chunk=16)
 _ATTEND: dict[str, dict[str, AttendConfig]] = {
+    "sm80": {_SMALL: AttendConfig(8, 3), _LARGE_FP32: _FEW_ROWS},
+    "sm86": {_SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
+    "sm89": {_SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
+    "sm90": {_SMALL: AttendConfig(8, 3)},
+    "sm100": {_SMALL: AttendConfig(8, 3)},
+    "sm120": {_ODD: AttendConfig(8, 2, rows=64), _SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
     "interpreter": dict.fromkeys(_DEFAULT, AttendConfig(8, 1)),  # as the reference: a query tile is one program's
 }
 
@@ -60,11 +69,13 @@ def product(arch: str) -> str:
     return "ieee" if arch.startswith("gfx") else "tf32x3"
 
 
-def attend_config(arch: str, width: int, element_size: int) -> AttendConfig:
-    """The configuration for head dimensions padded to at most `width`, of numbers of `element_size` bytes."""
-    small, large = (_SMALL, _LARGE) if element_size == 2 else (_SMALL_FP32, _LARGE_FP32)
-    size = small if width <= 128 else large
-    return _ATTEND.get(arch, _DEFAULT).get(size, _DEFAULT[size])
+def attend_config(arch: str, dim: int, v_dim: int, element_size: int) -> AttendConfig:
+    """The configuration for these head dimensions of Q and K, and of V, and numbers of `element_size` bytes."""
+    large, odd = max(padded(dim), padded(v_dim)) > 128, padded(v_dim) != v_dim
+    fp32_kind, kind = (_LARGE_FP32, _LARGE) if large else (_SMALL_FP32, _ODD if odd else _SMALL)
+    if element_size > 2:
+        kind = fp32_kind
+    return _ATTEND.get(arch, _DEFAULT).get(kind, _DEFAULT[kind])
 
 
 def device_numbers(values: tuple[float, ...], device: torch.device) -> torch.Tensor:

@@ -17,7 +17,7 @@ from sparge_kernels.triton.keys import NON_FINITE_V
 def spread_non_finite_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, k_flags, tiles_ptr, counts_ptr, spoiled_ptr, maximum_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    out_batch, out_head, out_token, out_dim, mask_batch, mask_head, mask_query, mask_key,
+    out_batch, out_head, out_token, mask_batch, mask_head, mask_query, mask_key,
     heads, group, q_len, k_len, n_q, n_k, scale,
     UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, V_DIM: tl.constexpr, V_PADDED: tl.constexpr,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
@@ -35,7 +35,7 @@ def spread_non_finite_kernel(
     q_rows = q_ptr + (batch * q_batch + q_head_index * q_head) * UNIT
     k_rows = k_ptr + (batch * k_batch + kv_head_index * k_head) * UNIT
     v_rows = v_ptr + (batch * v_batch + kv_head_index * v_head) * UNIT
-    out_rows = out_ptr + batch * out_batch + q_head_index * out_head
+    out_rows = out_ptr + (batch * out_batch + q_head_index * out_head) * UNIT
     mask_rows = mask_ptr
     if MASK != NO_MASK:
         mask_rows += batch * mask_batch + q_head_index * mask_head
@@ -54,21 +54,21 @@ def spread_non_finite_kernel(
             s, seen = mask_scores(s, mask_rows, rows, keys, mask_query, mask_key, q_len, k_len, rows >= 0, CAUSAL, MASK)
             weights = tl.where(seen, tl.exp2(s - base[:, None]), -1.0)
             _add_columns(
-                out_rows, weights, v_rows, rows, keys, v_token * UNIT, out_token, out_dim, q_len, k_len,
+                out_rows, weights, v_rows, rows, keys, v_token * UNIT, out_token * UNIT, q_len, k_len,
                 V_DIM, V_PADDED, FEW,
             )  # fmt: skip
 
 
 @triton.jit
 def _add_columns(
-    out_rows, weights, v_rows, rows, keys, v_token, out_token, out_dim, q_len, k_len,
+    out_rows, weights, v_rows, rows, keys, v_token, out_token, q_len, k_len,
     V_DIM: tl.constexpr, V_PADDED: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Adds inf and NaN of `FEW` rows of V times weights [BM, FEW] to the output; a weight of -1 is "not seen"."""
     few = tl.arange(0, FEW)
     for start in range(0, V_PADDED, FEW):
         dims = start + few
-        out_at = out_rows + rows.to(tl.int64)[:, None] * out_token + dims.to(tl.int64)[None, :] * out_dim
+        out_at = out_rows + rows.to(tl.int64)[:, None] * out_token + dims[None, :]
         out_seen = (rows < q_len)[:, None] & (dims < V_DIM)[None, :]
         out = tl.load(out_at, mask=out_seen, other=0.0).to(tl.float32)  # [BM, FEW]
         v_at = v_rows + keys.to(tl.int64)[:, None] * v_token + dims[None, :]
