@@ -15,6 +15,7 @@ from sparge_kernels.triton.mask import PARTIAL
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 # What attn_mask is.
 NO_MASK: tl.constexpr = tl.constexpr(0)
@@ -69,7 +70,10 @@ def mask_scores(
         if MASK == BOOL_MASK:
             s = tl.where(tl.load(mask_at, mask=inside, other=0) != 0, s, float("-inf"))
         else:
-            s += tl.load(mask_at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+            bias = tl.load(mask_at, mask=inside, other=0.0).to(tl.float32)
+            # The finite minimum of a dtype must not become -inf: rows of nothing else are rows of equal keys.
+            within = tl.minimum(tl.maximum(bias * LOG2_E, -LARGEST), LARGEST)
+            s += tl.where(tl.abs(bias) < float("inf"), within, bias)
     return tl.where(seen, s, float("-inf")), seen
 
 

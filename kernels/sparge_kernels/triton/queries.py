@@ -16,7 +16,7 @@ from sparge_kernels.triton import launch
 from sparge_kernels.triton.rows import all_finite, int8_scale, inverse_or_zero, load_tile, round_codes, strides_in_units
 
 _NUMBERS_A_WARP, _MOST_WARPS = 2048, 8  # of a tile: 64 in each thread
-_MOST_REGISTERS = 128  # so that two programs share a processor; nothing spills up to D' = 128
+_MOST_REGISTERS = 128  # so that two programs share a processor; nothing spills at D' of 64 and 128
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,13 @@ def prepare_queries(q: Tensor, centre: Tensor | None, group: int, *, sign: int) 
     exact = new(n_q, dtype=torch.int8) if quantized else None
     means, similarity = new(n_q, padded), new(n_q)
     strides, unit = strides_in_units(q)
+    limited = 64 <= padded <= 128 and not launch.architecture(q.device).startswith("gfx")
     launch.run(
         prepare_queries_kernel, (batch * heads * n_q,),
         q, centre, codes, scale, offset, exact, means, similarity, *strides, heads, group, q_len, n_q, float(sign),
         UNIT=unit, DIM=dim, PADDED=padded, Q_TILE=Q_TILE, QUANTIZED=quantized,
         num_warps=min(Q_TILE * padded // _NUMBERS_A_WARP, _MOST_WARPS),
-        **({"maxnreg": _MOST_REGISTERS} if padded <= 128 and torch.version.hip is None else {}),
+        **({"maxnreg": _MOST_REGISTERS} if limited else {}),
     )  # fmt: skip
     return QueryTiles(codes, scale, offset, exact, means, similarity)
 
