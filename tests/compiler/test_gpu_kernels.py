@@ -13,6 +13,8 @@ from sparge_kernels.cpu import KERNEL_VARIABLE
 
 triton = pytest.importorskip("sparge_kernels.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if reason := triton.unavailable(torch.device(DEVICE)):
+    pytest.skip(reason, allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,6 @@ from kernel_cases import (
     dense,
     every_dtype,
     kernel_error,
-    on_gpu,
     random_qkv,
     relative_l1,
     run_triton,
@@ -27,16 +26,14 @@ from kernel_cases import (
 from mask_cases import MASKS
 from stages import OUTPUT_ROUNDING
 from torch import Tensor
+from triton_cases import DEVICE, on_device
 from workloads import smooth_field
 
-from sparge_kernels import reference
+from sparge_kernels import reference, triton
 from sparge_kernels.thresholds import NEVER_SKIP, Q_TILE, Thresholds
-
-triton = pytest.importorskip("sparge_kernels.triton")
-from sparge_kernels.triton import launch  # noqa: E402 - imports Triton
+from sparge_kernels.triton import launch
 
 pytestmark = pytest.mark.interpreted
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SKIPPING = Thresholds(topk=0.8, cdf=1.0, similarity=-1.0, pv=-1.0)
 
 
@@ -45,9 +42,8 @@ def stages(q: Tensor, k: Tensor, v: Tensor, thresholds: list[Thresholds], **opti
     options = {"attn_mask": None, "is_causal": False, "scale": q.shape[3] ** -0.5, "precision": "int8", **options}
     entries = thresholds * (q.shape[1] if len(thresholds) == 1 else 1)
     expected = reference.attention(q, k, v, thresholds=entries, enable_gqa=True, centring="call", **options)
-    if DEVICE == "cuda":
-        q, k, v = map(on_gpu, (q, k, v))
-        options["attn_mask"] = None if options["attn_mask"] is None else on_gpu(options["attn_mask"])
+    q, k, v = map(on_device, (q, k, v))
+    options["attn_mask"] = None if options["attn_mask"] is None else on_device(options["attn_mask"])
     output = torch.full((*q.shape[:3], v.shape[3]), torch.nan, dtype=q.dtype, device=DEVICE)
     lse = torch.full(q.shape[:3], torch.nan, device=DEVICE)
     density, pv_skipped = triton.attention(q, k, v, thresholds=entries, out=output, lse=lse, **options)

@@ -12,11 +12,9 @@ import torch
 from kernel_cases import on_gpu
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
-if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
-    pytest.skip("Triton runs neither on a GPU nor in its interpreter", allow_module_level=True)
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if reason := pytest.importorskip("sparge_kernels.triton").unavailable(torch.device(DEVICE)):
+    pytest.skip(reason, allow_module_level=True)
 
 
 def on_device(x: Tensor) -> Tensor:

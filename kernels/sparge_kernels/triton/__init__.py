@@ -53,8 +53,7 @@ def unavailable(device: torch.device, k_len: int = 0) -> str | None:
     if k_len > MAX_KEYS:
         return f"{k_len} keys are more than the {MAX_KEYS} whose tiles the selection kernel holds in registers"
     if device.type == "cpu":
-        interpreted = triton.knobs.runtime.interpret
-        return None if interpreted else "Triton's interpreter is off; set TRITON_INTERPRET=1 before Triton is imported"
+        return _interpreter_unavailable()
     if torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -62,6 +61,17 @@ def unavailable(device: torch.device, k_len: int = 0) -> str | None:
         return f"the GPU is sm{major}{minor}; the kernels need the matrix instructions of sm80 and later"
     if major in (10, 11) and triton_version() < (3, 9):  # 3.6 cannot compile stage 2 there
         return f"the GPU is sm{major}{minor}, for which Triton {triton.__version__} is too old; 3.9 and later compile"
+    return None
+
+
+def _interpreter_unavailable() -> str | None:
+    if not triton.knobs.runtime.interpret:
+        return "Triton's interpreter is off; set TRITON_INTERPRET=1 before Triton is imported"
+    if triton_version() < (3, 7):
+        import numpy
+
+        if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):  # takes no array of one number for a number
+            return f"Triton {triton.__version__} cannot interpret with NumPy {numpy.__version__}; install numpy<2.4"
     return None
 
 

@@ -35,7 +35,7 @@ _EXACT: tl.constexpr = tl.constexpr(8)
 
 _SCORE_Q, _SCORE_K, _SCORE_DIMS, _SCORE_WARPS = 32, 64, 32, 4
 _TILES_A_WARP, _MOST_WARPS = 512, 16  # of the selection
-_ORDER_BLOCK, _ORDER_OTHERS, _ORDER_WARPS = 32, 128, 4
+_ORDER_BLOCK, _ORDER_OTHERS, _ORDER_WARPS = 32, 64, 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def select_tiles(
         scores, tiles, counts, queries.similarity, keys.similarity, keys.flags, kind, thresholds,
         *_broadcast_strides(kind), heads, group, q_len, k_len, n_q, n_k,
         Q_TILE=Q_TILE, K_TILE=K_TILE, CAUSAL=is_causal, MASKED=kind is not None, BLOCK=block,
-        num_warps=min(max(block // _TILES_A_WARP, 1), _MOST_WARPS),
+        LONG=block > _TILES_A_WARP * _MOST_WARPS // 2, num_warps=min(max(block // _TILES_A_WARP, 1), _MOST_WARPS),
     )  # fmt: skip
     return Selection(tiles, counts, order_tiles(counts))
 
@@ -156,7 +156,7 @@ def score_tiles_kernel(
 
 @triton.jit
 def keep_largest(scores: t.Any, candidates: t.Any, inside: t.Any, topk: t.Any, cdf: t.Any) -> t.Any:
-    """predict.keep_largest of one row, bool [BLOCK]; `topk` (0: none) and `cdf` are fp64."""
+    """predict.keep_largest of one row, bool [BLOCK], of candidates only; `topk` (0: none) and `cdf` are fp64."""
     scores = tl.where(candidates, scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 0))
     total = tl.sum(weights, 0)
@@ -181,8 +181,8 @@ def keep_largest(scores: t.Any, candidates: t.Any, inside: t.Any, topk: t.Any, c
     equal = (image == threshold).to(tl.int32)
     lower_equals = (tl.cumsum(equal, 0) - equal).to(tl.float32)
     kept = (image > threshold) | ((equal != 0) & (above + lower_equals * weights < needed))
-    # Of scalars no `|`: the interpreter broadcasts their comparisons as fp32.
-    return tl.where(total != total, candidates, candidates & kept)
+    # A row of NaN keeps all. Of scalars no `|`: the interpreter broadcasts their comparisons as fp32.
+    return tl.where(total != total, image == image, kept)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "q_len", "k_len", "n_q", "n_k"])
@@ -191,6 +191,7 @@ def select_tiles_kernel(
     kind_ptr: t.Any, thresholds_ptr: t.Any, kind_batch: t.Any, kind_head: t.Any, kind_query: t.Any, kind_key: t.Any,
     heads: t.Any, group: t.Any, q_len: t.Any, k_len: t.Any, n_q: t.Any, n_k: t.Any,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    LONG: tl.constexpr,
 ) -> None:  # fmt: skip
     """The list and the counts of one query tile; grid (B * Hq * nQ,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -218,7 +219,13 @@ def select_tiles_kernel(
     state = state | tl.where(similarity >= theta, _PREDICTABLE, 0)
 
     scores = tl.load(scores_ptr + row * n_k + tiles, mask=(state & _WHOLE) != 0, other=float("-inf"))
+    if LONG:  # registers are short: what was read makes room for the states
+        tl.debug_barrier()
+        tl.store(tiles_ptr + row * n_k + tiles, state, mask=inside)
+        tl.debug_barrier()
     largest = keep_largest(scores, (state & _CANDIDATE) == _CANDIDATE, inside, topk, cdf)
+    if LONG:
+        state = tl.load(tiles_ptr + row * n_k + tiles, mask=inside, other=0)
     largest = largest | ((state & _PREDICTABLE) == 0)
     visible = (state & (_WHOLE | _PARTIAL)) != 0
     kept = ((state & _PARTIAL) != 0) | (((state & _WHOLE) != 0) & largest)
