@@ -83,6 +83,10 @@ def prepare_queries_kernel(
     tl.store(similarity_ptr + program, tl.where(all_finite(mean), similarity, float("nan")))
 
     if QUANTIZED:
+        # Read again, from L1: kept, it would cost registers.
+        q = load_tile(
+            q_ptr, batch, head, q_batch, q_head, q_token, q_dim, rows, dims, q_len, UNIT, DIM, PADDED, "evict_first"
+        )  # [128, D']
         kv_head = batch * (heads // group) + head // group
         offset = tl.sum(q * tl.load(centre_ptr + kv_head.to(tl.int64) * PADDED + dims)[None, :], 1)
         scale, exact = int8_scale(tl.max(tl.abs(q), 1))
