@@ -33,7 +33,7 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
         lengths = f"{dynamo.hint(query.shape[2])} queries and {dynamo.hint(key.shape[2])} keys"
         return Refusal(f"{lengths}, min_tokens is {minimum}: sparse attention does not pay on short calls")
     thresholds = _thresholds(claim, policy)
-    unmeasured = ops.unmeasured(query.device, claim.dtype) if policy.min_tokens is None else None
+    unmeasured = ops.unmeasured(query.device, claim.dtype, claim.precision) if policy.min_tokens is None else None
     if unmeasured is not None:
         return Refusal(f"{unmeasured}; set min_tokens to the length from which it pays here")
     unavailable = ops.unavailable(query.device)

@@ -108,11 +108,16 @@ def has_int8_products(device: torch.device) -> bool:
     return device.type != "cpu" or cpu.has_int8_products()
 
 
-def unmeasured(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if a measured break-even length holds for this machine and dtype, else why none does."""
-    from sparge_kernels import cpu
+def unmeasured(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
+    """None if a break-even length is known or assumed for this machine and such a call, else why none is."""
+    if device.type == "cpu":
+        from sparge_kernels import cpu
 
-    return cpu.unmeasured(dtype) if device.type == "cpu" else None
+        return cpu.unmeasured(dtype)
+    if precision == "none" or dtype == torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        return f"on a GPU {name} calls with precision='{precision}' were not measured, and are expected to be slow"
+    return None
 
 
 def _run(
@@ -129,11 +134,14 @@ def _run(
     min_tokens: int = 0,
     layout: Sequence[int] = (0, 2, 1, 3),
     site: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     check_call(query, key, value, thresholds, enable_gqa=enable_gqa, precision=precision, layout=layout)
     check_mask(attn_mask, query, key, is_causal=is_causal)
     out = _empty_output(query, value, layout)
-    per_head = unpack(thresholds, query.shape[1])
+    per_head = unpack(tuple(thresholds), query.shape[1])
+    records = _records.get()
+    with_statistics = with_statistics or records is not None
     runs_dense = min(query.shape[2], key.shape[2]) < min_tokens or out.numel() == 0 or key.numel() == 0
     if not runs_dense and (reason := unavailable(query.device, attn_mask is not None, key.shape[2])):
         # Who compiles here never gets here: a program exported elsewhere does, or one whose environment has changed.
@@ -142,10 +150,9 @@ def _run(
     with torch.autocast(query.device.type, enabled=False):
         if runs_dense:
             _dense(query, key, value, attn_mask, is_causal, scale, enable_gqa, out)
-            density = torch.ones(query.shape[:2], dtype=torch.float32, device=query.device)
-            pv_skipped = torch.zeros_like(density)
+            statistics = _dense_statistics(query) if with_statistics else None
         else:
-            density, pv_skipped = _kernels(query.device)(
+            statistics = _kernels(query.device)(
                 query,
                 key,
                 value,
@@ -155,14 +162,20 @@ def _run(
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
                 precision=precision,
                 out=out,
+                with_statistics=with_statistics,
             )
-    records = _records.get()
-    if records is not None:
+    density, pv_skipped = statistics or (None, None)
+    if records is not None and density is not None and pv_skipped is not None:
         records.append(StatsRecord(site, density, pv_skipped, "dense" if runs_dense else "sparse"))
     return out, density, pv_skipped
 
 
-def _kernels(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+def _dense_statistics(query: Tensor) -> tuple[Tensor, Tensor]:
+    density = torch.ones(query.shape[:2], dtype=torch.float32, device=query.device)
+    return density, torch.zeros_like(density)
+
+
+def _kernels(device: torch.device) -> Callable[..., tuple[Tensor, Tensor] | None]:
     """What runs sparse calls on the device; `unavailable` has no reason against it."""
     if device.type == "cpu":
         from sparge_kernels import cpu
@@ -200,7 +213,7 @@ def _empty_output(query: Tensor, value: Tensor, layout: Sequence[int]) -> Tensor
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    return _run(*args, **kwargs)[0]
+    return _run(*args, **kwargs, with_statistics=False)[0]
 
 
 def _fake(

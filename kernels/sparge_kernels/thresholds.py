@@ -6,6 +6,7 @@ An operator schema carries numbers, not objects: `pack` flattens thresholds into
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def check_count(values: Sequence[float], heads: int) -> None:
         )
 
 
-def unpack(values: Sequence[float], heads: int) -> list[Thresholds]:
+@functools.lru_cache(maxsize=1024)
+def unpack(values: tuple[float, ...], heads: int) -> list[Thresholds]:
     """One `Thresholds` per query head; ValueError on a wrong count or a number out of range."""
     check_count(values, heads)
     entries = [_entry(values[start : start + _FIELDS]) for start in range(0, len(values), _FIELDS)]

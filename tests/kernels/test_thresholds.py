@@ -21,7 +21,7 @@ ENTRIES = st.builds(
 
 @given(st.lists(ENTRIES, min_size=2, max_size=5))
 def test_unpack_undoes_pack(entries):
-    assert unpack(pack(entries), len(entries)) == entries
+    assert unpack(tuple(pack(entries)), len(entries)) == entries
 
 
 def test_packed_numbers_are_finite_and_row_major():
@@ -32,13 +32,13 @@ def test_packed_numbers_are_finite_and_row_major():
 
 def test_one_entry_serves_all_heads():
     entry = Thresholds(None, 0.9, 0.5, None)
-    assert unpack(pack([entry]), 3) == [entry] * 3
+    assert unpack(tuple(pack([entry])), 3) == [entry] * 3
 
 
 @pytest.mark.parametrize("count", [0, 3, 5, 8, 16], ids=lambda count: f"{count}-numbers")
 def test_a_wrong_count_is_refused_with_the_allowed_counts(count):
     with pytest.raises(ValueError, match=rf"{count} numbers; 4 .* or 12"):
-        unpack([0.5] * count, 3)
+        unpack((0.5,) * count, 3)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_number_out_of_range_is_refused_by_name(field, value):
     numbers = dict(zip(("topk", "cdf", "similarity", "pv"), [0.5, 0.5, 0.5, -1.0], strict=True))
     numbers[field] = value
     with pytest.raises(ValueError, match=f"{field}="):
-        unpack(list(numbers.values()), 1)
+        unpack(tuple(numbers.values()), 1)
 
 
 def test_default_lambda_is_the_certificate_of_the_call():

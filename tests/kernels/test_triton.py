@@ -182,6 +182,34 @@ def test_a_query_tile_shared_by_two_programs(monkeypatch, q_len):
     q, k, v = random_qkv(q_len, 200, dim=64)
     for options in ({}, {"is_causal": True}, {"precision": "none"}):
         assert_as_specified(q, k, v, [SKIPPING], **options)
+    v[:, :, 5, 3], v[:, :, 199, 4] = torch.nan, torch.inf
+    for options in ({}, {"is_causal": True}):
+        output, _, _, _, expected = stages(q[:, :, : q_len - 100], k, v, [KEEP_ALL], **options)
+        assert torch.equal(output.isnan(), expected.output.isnan())
+        assert torch.equal(output.isinf(), expected.output.isinf())
     q, k, v = smooth_field((1, 4, 128), heads=1, gain=8.0, offset=0.0, correlation=(0.5, 1.0, 32.0))
     _, _, _, pv_skipped, _ = stages(q[:, :, 60 : 60 + q_len], k, v, [SKIPPING])
     assert 0 < pv_skipped < 1
+
+
+def test_scores_of_minus_inf_alone_in_the_first_tile_give_no_nan():
+    q, k, v = random_qkv(130, 200)
+    q[..., 0], k[:, :, :64, 0] = 1e20, -1e20
+    output, *_ = stages(q, k, v, [KEEP_ALL], precision="none")
+    assert relative_l1(output, dense(q, k, v, dtype=torch.float32)) < 1e-4
+
+
+def test_values_beyond_the_largest_of_bf16_stay_finite():
+    q, k, v = random_qkv(130, 200)
+    v[:, :, 7] = torch.finfo(torch.float32).max
+    output, *_ = stages(q * 0, k, v / 300, [KEEP_ALL])
+    assert relative_l1(output, (v.double() / 300).mean(2, keepdim=True).expand_as(output)) < 0.02
+    output, *_ = stages(q, k, v, [KEEP_ALL], is_causal=True)
+    assert output.isfinite().all() and relative_l1(output[:, :, :7], dense(q, k, v, True)[:, :, :7]) < 0.02
+
+
+def test_a_profile_of_many_heads_reaches_each_of_them():
+    entries = [Thresholds((h + 1) / 40, 1.0, -1.0, NEVER_SKIP) for h in range(35)]
+    q, k, v = random_qkv(1, 700, heads=35, kv_heads=1)
+    _, _, density, _, expected = stages(q, k, v, entries)
+    assert torch.equal(density, expected.density) and len(density.unique()) > 8

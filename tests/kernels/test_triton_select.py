@@ -220,7 +220,7 @@ def test_the_longest_rows():
     kept = predict.keep_largest(scores, scores == scores, threshold)[None, None]
     assert torch.equal(listed(selection), kept)
     assert_lists(selection, kept, torch.zeros_like(kept), torch.ones_like(kept))
-    with pytest.raises(ValueError, match="at most 1048576 are allowed"):
+    with pytest.raises(ValueError, match="at most 524288 are allowed"):
         select.select_tiles(*tiles, on_gpu_numbers([threshold]), k_len=n_k * K_TILE + 1, **options)
 
 

@@ -72,7 +72,8 @@ def attention(
     scale: float,
     precision: str,
     out: Tensor,
-) -> tuple[Tensor, Tensor]:
+    with_statistics: bool = True,
+) -> tuple[Tensor, Tensor] | None:
     """Runs the chosen kernel, which `unavailable` has no reason against; `native.attention` has the contract."""
     options: dict[str, Any] = {
         "thresholds": thresholds,
@@ -88,7 +89,7 @@ def attention(
     if chosen_kernel() == "interpreted":
         from sparge_kernels import triton
 
-        return triton.attention(q, k, v, attn_mask=attn_mask, **options)
+        return triton.attention(q, k, v, attn_mask=attn_mask, **options, with_statistics=with_statistics)
     from sparge_kernels.cpu import native
 
     return native.attention(q, k, v, attn_mask=attn_mask, **options)

@@ -1,7 +1,7 @@
 """The GPU implementation of `sparge::attention`, in Triton: stage 1 and quantization, then the sparse loop.
 
-It follows reference.py with centring="call". Nothing here waits for the GPU, copies from the host (but for the
-thresholds of a first call) or allocates by the data: calls run on the current stream and in CUDA graphs.
+It follows reference.py with centring="call". Nothing here waits for the GPU, copies from the host or allocates by the
+data: calls run on the current stream and in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from sparge_kernels.thresholds import K_TILE, NEVER_SKIP, PV_DROP_BUDGET, Q_TILE, Thresholds, pack
+from sparge_kernels.thresholds import K_TILE, NEVER_SKIP, PV_DROP_BUDGET, Q_TILE, Thresholds
 from sparge_kernels.tiles import tile_count
 from sparge_kernels.triton import attend as loop
 from sparge_kernels.triton import launch
 from sparge_kernels.triton.keys import KeyTiles, prepare_keys
 from sparge_kernels.triton.mask import MaskTiles, classify_mask
 from sparge_kernels.triton.nonfinite import spread_non_finite_kernel
+from sparge_kernels.triton.numbers import thresholds_on
 from sparge_kernels.triton.queries import QueryTiles, prepare_queries
 from sparge_kernels.triton.rows import row_strides, unit_last_stride
 from sparge_kernels.triton.select import MAX_K_TILES, Selection, select_tiles
@@ -91,12 +92,13 @@ def attention(
     precision: str,
     out: Tensor,
     lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_statistics: bool = True,
+) -> tuple[Tensor, Tensor] | None:
     """Writes the attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D / Dv] to out [B, Hq, Sq, Dv].
 
     One threshold entry per query head; any strides; no empty tensors; at most `MAX_KEYS` keys. Query head h reads kv
     head h // (Hq // Hkv). lse: fp32 [B, Hq, Sq], contiguous, receives ln of the sum of exp(score) over computed keys.
-    Returns density and pv_skipped, fp32 [B, Hq].
+    Returns density and pv_skipped, fp32 [B, Hq], if `with_statistics`: a dozen small kernels more.
     """
     with _current(q.device):
         prepared = prepare(
@@ -110,7 +112,7 @@ def attention(
             precision=precision,
         )
         skipped = attend(prepared, out, lse)
-        return statistics(prepared.selection, skipped, q.shape[2])
+        return statistics(prepared.selection, skipped, q.shape[2]) if with_statistics else None
 
 
 def prepare(
@@ -127,7 +129,7 @@ def prepare(
     """Stage 1 and quantization of a call; arguments as in `attention`."""
     q_len, k_len, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     quantized = precision == "int8"
-    numbers = launch.device_numbers(tuple(pack(thresholds)), q.device).view(-1, 4)
+    numbers = thresholds_on(q.device, thresholds)
     keys = prepare_keys(k, v, is_causal=is_causal, quantized=quantized)
     queries = prepare_queries(q, keys.centre, group, sign=-1 if scale < 0 else 1)
     mask_tiles = None if attn_mask is None else classify_mask(attn_mask, q_len, k_len)

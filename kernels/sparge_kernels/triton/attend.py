@@ -15,12 +15,17 @@ from sparge_kernels.triton.mask import PARTIAL
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LARGEST_BF16: tl.constexpr = tl.constexpr(3.3895313892515355e38)
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 # What attn_mask is.
 NO_MASK: tl.constexpr = tl.constexpr(0)
 BOOL_MASK: tl.constexpr = tl.constexpr(1)
 FLOAT_MASK: tl.constexpr = tl.constexpr(2)
+
+# A new value of these is no new kernel. Of a mask the stride of the keys alone decides how it is loaded.
+NOT_SPECIALIZED = ["heads", "group", "q_len", "k_len", "n_q", "n_k", "mask_batch", "mask_head", "mask_query"]
+NOT_SPECIALIZED += ["kind_batch", "kind_head", "kind_query", "kind_key"]
 
 
 @triton.jit
@@ -83,7 +88,15 @@ def _finite(x):
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "q_len", "k_len", "n_q", "n_k"])
+@triton.jit
+def _narrow(v, NARROW: tl.constexpr):
+    """v, in bf16 if NARROW; fp32 numbers beyond bf16's largest do not become inf."""
+    if NARROW:
+        return tl.minimum(tl.maximum(v, -LARGEST_BF16), LARGEST_BF16).to(tl.bfloat16)
+    return v
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr,
     q_codes, q_scales, q_offsets, q_exact, k_codes, k_scales, k_flags, kind_ptr,
@@ -164,18 +177,22 @@ def attend_kernel(
             )  # fmt: skip
         largest = tl.max(s, 1) * factor
         m_new = tl.maximum(m, largest)
-        p = tl.exp2(s * factor[:, None] - m_new[:, None])
-        decay = tl.exp2(m - m_new)
+        base = m_new
+        if not QUANTIZED:  # codes give finite scores
+            base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * factor[:, None] - base[:, None])
+        decay = tl.exp2(m - base)
         mass = mass * decay + tl.sum(p, 1)
         if STAGE_2:
-            gap = tl.max(tl.where(counted, largest - m_new, float("-inf")), 0)
+            gap = tl.where(counted & (largest > float("-inf")), largest - m_new, float("-inf"))
+            gap = tl.max(tl.where(gap == gap, gap, float("-inf")), 0)  # a NaN row is no reason to compute
             # Below: no row's maximum moved, so the decay is 1.
             if gap >= skip_below:
-                acc = multiply(p.to(PV_TYPE), v.to(PV_TYPE), acc * decay[:, None], PRODUCT)
+                acc = multiply(p.to(PV_TYPE), _narrow(v, NARROW_V), acc * decay[:, None], PRODUCT)
             else:
                 skipped += 1
         else:
-            acc = multiply(p.to(PV_TYPE), v.to(PV_TYPE), acc * decay[:, None], PRODUCT)
+            acc = multiply(p.to(PV_TYPE), _narrow(v, NARROW_V), acc * decay[:, None], PRODUCT)
         m = m_new
 
     if QUANTIZED:
@@ -218,7 +235,7 @@ def attend_kernel(
         if take:
             v_at = v_rows + keys.to(tl.int64)[:, None] * v_token * UNIT + v_dims[None, :]
             v = tl.load(v_at, mask=(keys < k_len)[:, None] & (v_dims < V_DIM)[None, :], other=0.0)
-            acc = multiply(p.to(PV_TYPE), _finite(v).to(PV_TYPE), acc * decay[:, None], PRODUCT)
+            acc = multiply(p.to(PV_TYPE), _narrow(_finite(v), NARROW_V), acc * decay[:, None], PRODUCT)
         else:
             skipped += 1
         m = m_new
@@ -231,5 +248,6 @@ def attend_kernel(
         tl.store(lse_ptr + head * q_len + rows, m * LN_2 + tl.log(mass), mask=rows < q_len)
     if STAGE_2:
         tl.store(skipped_ptr + tile_row * PARTS + part, skipped)
-    tl.store(spoiled_ptr + tile_row, spoiled)  # the same in every part
+    # The same in every part that has rows.
+    tl.store(spoiled_ptr + tile_row, spoiled, mask=i * Q_TILE + part * ROWS < q_len)
     tl.store(maximum_ptr + tile_row * Q_TILE + in_tile, m)

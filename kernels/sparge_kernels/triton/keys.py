@@ -5,7 +5,6 @@ Three kernels, because centring a tile takes the means of others. K is read twic
 
 from __future__ import annotations
 
-import typing as t
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +80,10 @@ def prepare_keys(k: Tensor, v: Tensor, *, is_causal: bool, quantized: bool) -> K
 
 @triton.jit(do_not_specialize=["heads", "k_len", "n_k"])
 def key_means_kernel(
-    k_ptr: t.Any, v_ptr: t.Any, means_ptr: t.Any, flags_ptr: t.Any,
-    k_batch: t.Any, k_head: t.Any, k_token: t.Any, k_dim: t.Any,
-    v_batch: t.Any, v_head: t.Any, v_token: t.Any, v_dim: t.Any,
-    heads: t.Any, k_len: t.Any, n_k: t.Any, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
+    k_ptr, v_ptr, means_ptr, flags_ptr,
+    k_batch, k_head, k_token, k_dim,
+    v_batch, v_head, v_token, v_dim,
+    heads, k_len, n_k, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, V_DIM: tl.constexpr, V_PADDED: tl.constexpr, K_TILE: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -111,7 +110,7 @@ def key_means_kernel(
 
 @triton.jit(do_not_specialize=["k_len", "n_k"])
 def key_centres_kernel(
-    means_ptr: t.Any, flags_ptr: t.Any, similarity_centres_ptr: t.Any, centre_ptr: t.Any, k_len: t.Any, n_k: t.Any,
+    means_ptr, flags_ptr, similarity_centres_ptr, centre_ptr, k_len, n_k,
     PADDED: tl.constexpr, DIMS: tl.constexpr, TILES: tl.constexpr, K_TILE: tl.constexpr, CAUSAL: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -150,9 +149,9 @@ def key_centres_kernel(
 
 @triton.jit(do_not_specialize=["heads", "k_len", "n_k"])
 def quantize_keys_kernel(
-    k_ptr: t.Any, means_ptr: t.Any, similarity_centres_ptr: t.Any, centre_ptr: t.Any, similarity_ptr: t.Any,
-    flags_ptr: t.Any, codes_ptr: t.Any, scale_ptr: t.Any, k_batch: t.Any, k_head: t.Any, k_token: t.Any, k_dim: t.Any,
-    heads: t.Any, k_len: t.Any, n_k: t.Any,
+    k_ptr, means_ptr, similarity_centres_ptr, centre_ptr, similarity_ptr,
+    flags_ptr, codes_ptr, scale_ptr, k_batch, k_head, k_token, k_dim,
+    heads, k_len, n_k,
     UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, K_TILE: tl.constexpr, CAUSAL: tl.constexpr,
     QUANTIZED: tl.constexpr, OUTLIER_RATIO: tl.constexpr, OFFSET_RATIO: tl.constexpr,
 ) -> None:  # fmt: skip

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 import triton
 
-_numbers: dict[tuple[torch.device, tuple[float, ...]], torch.Tensor] = {}
-
 
 @dataclass(frozen=True)
 class AttendConfig:
@@ -47,6 +45,10 @@ _ATTEND: dict[str, dict[str, AttendConfig]] = {
 }
 
 
+# Relatives of an architecture with its instructions and no more shared memory than it.
+_RELATIVES = {"sm87": "sm86", "sm103": "sm100", "sm110": "sm100", "sm121": "sm120"}
+
+
 def padded(dim: int) -> int:
     """The power of two that holds head_dim `dim` inside the kernels; INT8 matrix instructions take 32 at a time."""
     return max(32, triton.next_power_of_2(dim))
@@ -75,22 +77,7 @@ def attend_config(arch: str, dim: int, v_dim: int, element_size: int) -> AttendC
     fp32_kind, kind = (_LARGE_FP32, _LARGE) if large else (_SMALL_FP32, _ODD if odd else _SMALL)
     if element_size > 2:
         kind = fp32_kind
-    return _ATTEND.get(arch, _DEFAULT).get(kind, _DEFAULT[kind])
-
-
-def device_numbers(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """The numbers as fp64 on the device, without a copy from the host but at the first call.
-
-    Kept for the life of the process: a captured CUDA graph may hold the address. While one is being captured, nothing
-    may be copied from the host or kept, and every number is a fill.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
-    key = (device, values)
-    if key not in _numbers:
-        with torch.inference_mode(False):
-            _numbers[key] = torch.tensor(values, dtype=torch.float64).to(device)
-    return _numbers[key]
+    return _ATTEND.get(_RELATIVES.get(arch, arch), _DEFAULT).get(kind, _DEFAULT[kind])
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing as t
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +50,8 @@ def classify_mask(attn_mask: Tensor, q_len: int, k_len: int) -> MaskTiles:
 
 @triton.jit(do_not_specialize=["heads", "n_rows", "n_q", "n_k"])
 def classify_mask_kernel(
-    mask_ptr: t.Any, kind_ptr: t.Any, bias_ptr: t.Any, m_batch: t.Any, m_head: t.Any, m_query: t.Any, m_key: t.Any,
-    heads: t.Any, n_rows: t.Any, n_columns: t.Any, n_q: t.Any, n_k: t.Any,
+    mask_ptr, kind_ptr, bias_ptr, m_batch, m_head, m_query, m_key,
+    heads, n_rows, n_columns, n_q, n_k,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOOL: tl.constexpr, SPREAD: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of the mask; grid (number of tiles,)."""

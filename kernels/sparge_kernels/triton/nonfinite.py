@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparge_kernels.triton.attend import NO_MASK, mask_scores, unquantized_scores
+from sparge_kernels.triton.attend import NO_MASK, NOT_SPECIALIZED, mask_scores, unquantized_scores
 from sparge_kernels.triton.keys import NON_FINITE_V
 
 
-@triton.jit(do_not_specialize=["heads", "group", "q_len", "k_len", "n_q", "n_k"])
+@triton.jit(do_not_specialize=[name for name in NOT_SPECIALIZED if not name.startswith("kind")])
 def spread_non_finite_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, k_flags, tiles_ptr, counts_ptr, spoiled_ptr, maximum_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -70,7 +70,8 @@ def _add_columns(
         dims = start + few
         out_at = out_rows + rows.to(tl.int64)[:, None] * out_token + dims[None, :]
         out_seen = (rows < q_len)[:, None] & (dims < V_DIM)[None, :]
-        out = tl.load(out_at, mask=out_seen, other=0.0).to(tl.float32)  # [BM, FEW]
+        before = tl.load(out_at, mask=out_seen, other=0.0).to(tl.float32)  # [BM, FEW]
+        out = before
         v_at = v_rows + keys.to(tl.int64)[:, None] * v_token + dims[None, :]
         v = tl.load(v_at, mask=(keys < k_len)[:, None] & (dims < V_DIM)[None, :], other=0.0).to(tl.float32)
         v = tl.where(tl.abs(v) < float("inf"), 0.0, v)  # [FEW, FEW], what is finite was added before
@@ -78,4 +79,5 @@ def _add_columns(
             weight = tl.sum(tl.where(few[None, :] == n, weights, 0.0), 1)  # [BM]
             v_row = tl.sum(tl.where(few[:, None] == n, v, 0.0), 0)  # [FEW]
             out += tl.where((weight >= 0.0)[:, None] & (v_row != 0.0)[None, :], weight[:, None] * v_row[None, :], 0.0)
-        tl.store(out_at, out.to(out_rows.dtype.element_ty), mask=out_seen)
+        changed = out_seen & ((out == before) == 0)  # else -0 would become 0
+        tl.store(out_at, out.to(out_rows.dtype.element_ty), mask=changed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing as t
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from sparge_kernels.triton import launch
 from sparge_kernels.triton.rows import all_finite, int8_scale, inverse_or_zero, load_tile, round_codes, strides_in_units
 
 _NUMBERS_A_WARP, _MOST_WARPS = 2048, 8  # of a tile: 64 in each thread
-_MOST_REGISTERS = 128  # so that two programs share a processor; nothing spills at D' of 64 and 128
+_MOST_REGISTERS = 128  # so that two programs share a processor; at D' of 64 and 128 it spills nothing
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ def prepare_queries(q: Tensor, centre: Tensor | None, group: int, *, sign: int) 
 
 @triton.jit(do_not_specialize=["heads", "group", "q_len", "n_q"])
 def prepare_queries_kernel(
-    q_ptr: t.Any, centre_ptr: t.Any, codes_ptr: t.Any, scale_ptr: t.Any, offset_ptr: t.Any, exact_ptr: t.Any,
-    means_ptr: t.Any, similarity_ptr: t.Any, q_batch: t.Any, q_head: t.Any, q_token: t.Any, q_dim: t.Any,
-    heads: t.Any, group: t.Any, q_len: t.Any, n_q: t.Any, sign: t.Any,
+    q_ptr, centre_ptr, codes_ptr, scale_ptr, offset_ptr, exact_ptr,
+    means_ptr, similarity_ptr, q_batch, q_head, q_token, q_dim,
+    heads, group, q_len, n_q, sign,
     UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, Q_TILE: tl.constexpr, QUANTIZED: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of Q; grid (B * Hq * nQ,)."""
@@ -72,7 +71,7 @@ def prepare_queries_kernel(
     rows, dims = i * Q_TILE + tl.arange(0, Q_TILE), tl.arange(0, PADDED)
     length = tl.minimum(q_len - i * Q_TILE, Q_TILE).to(tl.float32)
     q = load_tile(
-        q_ptr, batch, head, q_batch, q_head, q_token, q_dim, rows, dims, q_len, UNIT, DIM, PADDED, "evict_first"
+        q_ptr, batch, head, q_batch, q_head, q_token, q_dim, rows, dims, q_len, UNIT, DIM, PADDED, ""
     )  # [128, D']
 
     squares = tl.sum(q * q, 1)
@@ -83,7 +82,7 @@ def prepare_queries_kernel(
     tl.store(similarity_ptr + program, tl.where(all_finite(mean), similarity, float("nan")))
 
     if QUANTIZED:
-        # Read again, from L1: kept, it would cost registers.
+        # Read again, from L1: kept, it would cost registers that a second program on the processor needs.
         q = load_tile(
             q_ptr, batch, head, q_batch, q_head, q_token, q_dim, rows, dims, q_len, UNIT, DIM, PADDED, "evict_first"
         )  # [128, D']

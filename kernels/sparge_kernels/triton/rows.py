@@ -1,11 +1,6 @@
-"""What the kernels that read Q, K and V tile by tile share.
-
-Parameters of kernels are `t.Any`: the compiler looks annotations up, and of names knows but modules and its own.
-"""
+"""What the kernels that read Q, K and V tile by tile share."""
 
 from __future__ import annotations
-
-import typing as t
 
 import triton
 import triton.language as tl
@@ -41,10 +36,10 @@ def row_strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
 
 @triton.jit
 def load_tile(
-    pointer: t.Any, batch: t.Any, head: t.Any, batch_stride: t.Any, head_stride: t.Any, row_stride: t.Any,
-    dim_stride: t.Any, rows: t.Any, dims: t.Any, length: t.Any,
+    pointer, batch, head, batch_stride, head_stride, row_stride,
+    dim_stride, rows, dims, length,
     UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, EVICTION: tl.constexpr,
-) -> t.Any:  # fmt: skip
+):  # fmt: skip
     """Rows of one head as fp32 [rows, dims], 0 beyond the ends; strides as strides_in_units gives them."""
     at = pointer + (batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride) * UNIT
     at += rows.to(tl.int64)[:, None] * row_stride * UNIT + dims.to(tl.int64)[None, :] * dim_stride
@@ -55,13 +50,13 @@ def load_tile(
 
 
 @triton.jit
-def all_finite(x: t.Any) -> t.Any:
+def all_finite(x):
     """No inf and no NaN in x [n]."""
     return tl.sum(x * 0.0, 0) == 0.0
 
 
 @triton.jit
-def int8_scale(largest: t.Any) -> t.Any:
+def int8_scale(largest):
     """Scale of numbers up to `largest`, and whether INT8 cannot hold them: inf, or a scale that lost digits."""
     scale = tl.math.div_rn(largest, 127.0)
     holds = (scale < float("inf")) & ((largest == 0.0) | (scale >= _SMALLEST_NORMAL))
@@ -69,13 +64,13 @@ def int8_scale(largest: t.Any) -> t.Any:
 
 
 @triton.jit
-def inverse_or_zero(x: t.Any, numerator: t.Any) -> t.Any:
+def inverse_or_zero(x, numerator):
     """numerator / x, and 0 for 0."""
     zero = x == 0.0
     return tl.where(zero, 0.0, tl.math.div_rn(numerator, tl.where(zero, 1.0, x)))
 
 
 @triton.jit
-def round_codes(x: t.Any, inverse: t.Any) -> t.Any:
+def round_codes(x, inverse):
     """x * inverse, rounded half to even, as int8; x [M, N], inverse [M, 1]."""
     return (x * inverse + _ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)

@@ -6,7 +6,6 @@ longest list by counting.
 
 from __future__ import annotations
 
-import typing as t
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from sparge_kernels.triton.keys import KeyTiles
 from sparge_kernels.triton.mask import BIASED, HIDDEN, PARTIAL, MaskTiles
 from sparge_kernels.triton.queries import QueryTiles
 
-MAX_K_TILES = 16384
+MAX_K_TILES = 8192
 """A row of tiles lies in the registers of one program."""
 
 _CEIL_SLACK: tl.constexpr = tl.constexpr(1e-6)  # predict._CEIL_SLACK
@@ -119,11 +118,13 @@ def _broadcast_strides(x: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-@triton.jit(do_not_specialize=["heads", "group", "n_q", "n_k", "q_blocks", "k_blocks"])
+@triton.jit(
+    do_not_specialize=["bias_batch", "bias_head", "bias_query", "heads", "group", "n_q", "n_k", "q_blocks", "k_blocks"]
+)
 def score_tiles_kernel(
-    q_means: t.Any, k_means: t.Any, bias_ptr: t.Any, scores_ptr: t.Any,
-    bias_batch: t.Any, bias_head: t.Any, bias_query: t.Any, bias_key: t.Any,
-    heads: t.Any, group: t.Any, n_q: t.Any, n_k: t.Any, q_blocks: t.Any, k_blocks: t.Any, scale: t.Any,
+    q_means, k_means, bias_ptr, scores_ptr,
+    bias_batch, bias_head, bias_query, bias_key,
+    heads, group, n_q, n_k, q_blocks, k_blocks, scale,
     PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIMS: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, K_TILES_A_Q_TILE: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -155,7 +156,7 @@ def score_tiles_kernel(
 
 
 @triton.jit
-def keep_largest(scores: t.Any, candidates: t.Any, inside: t.Any, topk: t.Any, cdf: t.Any) -> t.Any:
+def keep_largest(scores, candidates, inside, topk, cdf):
     """predict.keep_largest of one row, bool [BLOCK], of candidates only; `topk` (0: none) and `cdf` are fp64."""
     scores = tl.where(candidates, scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 0))
@@ -185,11 +186,13 @@ def keep_largest(scores: t.Any, candidates: t.Any, inside: t.Any, topk: t.Any, c
     return tl.where(total != total, image == image, kept)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "q_len", "k_len", "n_q", "n_k"])
+@triton.jit(
+    do_not_specialize=["kind_batch", "kind_head", "kind_query", "heads", "group", "q_len", "k_len", "n_q", "n_k"]
+)
 def select_tiles_kernel(
-    scores_ptr: t.Any, tiles_ptr: t.Any, counts_ptr: t.Any, q_similarity: t.Any, k_similarity: t.Any, k_flags: t.Any,
-    kind_ptr: t.Any, thresholds_ptr: t.Any, kind_batch: t.Any, kind_head: t.Any, kind_query: t.Any, kind_key: t.Any,
-    heads: t.Any, group: t.Any, q_len: t.Any, k_len: t.Any, n_q: t.Any, n_k: t.Any,
+    scores_ptr, tiles_ptr, counts_ptr, q_similarity, k_similarity, k_flags,
+    kind_ptr, thresholds_ptr, kind_batch, kind_head, kind_query, kind_key,
+    heads, group, q_len, k_len, n_q, n_k,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
     LONG: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -243,9 +246,7 @@ def select_tiles_kernel(
 
 
 @triton.jit(do_not_specialize=["n_q"])
-def order_tiles_kernel(
-    counts_ptr: t.Any, order_ptr: t.Any, n_q: t.Any, BLOCK: tl.constexpr, OTHERS: tl.constexpr
-) -> None:
+def order_tiles_kernel(counts_ptr, order_ptr, n_q, BLOCK: tl.constexpr, OTHERS: tl.constexpr) -> None:
     """Ranks BLOCK query tiles of a head by how many come before each; grid (B * Hq, blocks of query tiles)."""
     first = tl.program_id(0).to(tl.int64) * n_q  # of the head
     mine = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
