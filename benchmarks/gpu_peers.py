@@ -78,13 +78,7 @@ def stages(problem: Problem) -> dict[str, Callable[[], object]]:
     prepared = prepare(problem)
     out = torch.empty_permuted(q.shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)  # the operator's layout
     quantized = problem.precision == "int8"
-    select = {
-        "is_causal": problem.is_causal,
-        "scale": head_dim**-0.5,
-        "q_len": tokens,
-        "k_len": tokens,
-        "quantized": quantized,
-    }
+    select = {"is_causal": problem.is_causal, "scale": head_dim**-0.5, "q_len": tokens, "k_len": tokens}
     return {
         "prepare": lambda: prepare(problem),
         "loop": lambda: triton.attend(prepared, out),

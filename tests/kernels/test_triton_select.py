@@ -70,7 +70,7 @@ def assert_selects_as_specified(
     mask_tiles = None if mask is None else classify_mask(on_device(mask), q_len, k_len)
     options = {"is_causal": is_causal, "scale": dim**-0.5}
     selection = select.select_tiles(
-        queries, keys, mask_tiles, on_gpu_numbers([threshold] * heads), q_len=q_len, k_len=k_len, quantized=True,
+        queries, keys, mask_tiles, on_gpu_numbers([threshold] * heads), q_len=q_len, k_len=k_len,
         **options,
     )  # fmt: skip
     shape = (batch, heads, q_len, k_len)
@@ -186,7 +186,6 @@ def test_any_scores_similarities_and_kinds(n_q, n_k, numbers, topk, cdf, similar
     tiles = crafted(scores, q_similarity, k_similarity, kind, flags)
     selection = select.select_tiles(
         *tiles, on_gpu_numbers([threshold]), is_causal=False, scale=-1.0, q_len=n_q * Q_TILE, k_len=k_len,
-        quantized=True,
     )  # fmt: skip
 
     hidden, partial, biased = (kind[0, 0] == one for one in (KINDS[0], KINDS[3], KINDS[2]))
@@ -214,7 +213,7 @@ def test_the_longest_rows():
     scores = torch.randn(1, n_k, generator=torch.Generator().manual_seed(0))
     ones = torch.ones(1, 1, n_k)
     tiles = crafted(scores, ones[..., :1], ones, ones[:, :, None], 0 * ones.to(torch.int8))
-    options = {"is_causal": False, "scale": 1.0, "q_len": 1, "quantized": True}
+    options = {"is_causal": False, "scale": 1.0, "q_len": 1}
     threshold = Thresholds(0.37, 1.0, 0.0, None)
     selection = select.select_tiles(*tiles, on_gpu_numbers([threshold]), k_len=n_k * K_TILE, **options)
     kept = predict.keep_largest(scores, scores == scores, threshold)[None, None]
@@ -234,7 +233,7 @@ def test_shares_round_up_as_the_references_do():
     for topk in (0.07, 0.28, 0.56):
         selection = select.select_tiles(
             *tiles, on_gpu_numbers([Thresholds(topk, 1.0, 0.0, None)]), is_causal=False, scale=1.0,
-            q_len=len(candidates) * Q_TILE, k_len=100 * K_TILE, quantized=True,
+            q_len=len(candidates) * Q_TILE, k_len=100 * K_TILE,
         )  # fmt: skip
         allowed = (candidates.double() * topk - 1e-6).ceil().clamp(min=1)
         assert torch.equal(selection.counts[0, 0, :, 0].cpu(), allowed.int())
@@ -274,7 +273,6 @@ def test_stage_2_and_the_order_of_heads_play_no_part():
     thresholds = [HALF, replace(MOST, pv=NEVER_SKIP), KEEP_ALL]
     selection = select.select_tiles(
         queries, keys, None, on_gpu_numbers(thresholds), is_causal=False, scale=0.25, q_len=300, k_len=700,
-        quantized=True,
     )  # fmt: skip
     kept = predict.select_tiles(q, k, v, thresholds=thresholds, is_causal=False, scale=0.25)
     assert torch.equal(listed(selection), kept)

@@ -142,7 +142,6 @@ def prepare(
         scale=scale,
         q_len=q_len,
         k_len=k_len,
-        quantized=quantized,
     )
     skips = any(entry.skip_below(k_len) > NEVER_SKIP for entry in thresholds)
     return Prepared(

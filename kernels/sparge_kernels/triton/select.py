@@ -56,7 +56,6 @@ def select_tiles(
     scale: float,
     q_len: int,
     k_len: int,
-    quantized: bool,
 ) -> Selection:
     """predict.select_tiles as lists. thresholds: fp64 [Hq, 4] as thresholds.pack gives them, on the device.
 
