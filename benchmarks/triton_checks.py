@@ -32,9 +32,12 @@ def int8_instruction(target: str) -> str:
 def products(variant: Variant, target: str) -> set[str]:
     """The matrix instructions of the sparse loop: all of them, and no others."""
     unit = _UNITS.get(target, "mfma")
+    wide = variant.dtype == torch.float32 and variant.dim > 128
+    if wide and unit != "mfma":
+        unit = "mma"  # 32 rows a program, so that nothing spills: fewer than the newer instructions take
     needed = {f"{unit} {_TYPES[unit][variant.dtype]}"}  # what cannot be quantized
     if variant.precision == "int8":
-        needed |= {int8_instruction(target)}
+        needed |= {f"{unit} {_TYPES[unit]['int8']}" if wide else int8_instruction(target)}
         if variant.dtype == torch.float32:
             needed |= {f"{unit} {_TYPES[unit][torch.bfloat16]}"}  # P V
     return needed

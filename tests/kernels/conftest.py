@@ -10,7 +10,7 @@ from kernel_cases import run_triton
 
 from sparge_kernels.cpu import KERNEL_VARIABLE
 
-INTERPRETED_CASES = 6  # of each test
+INTERPRETED_CASES = 4  # of each test
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -34,7 +34,7 @@ MAX_KEYS = MAX_K_TILES * K_TILE
 class Prepared:
     """A call after stage 1 and quantization: what the sparse loop needs."""
 
-    q: Tensor  # [B, Hq, Sq, D]
+    q: Tensor  # [B, Hq, Sq, D], last stride 1, and so K and V
     k: Tensor  # [B, Hkv, Sk, D]
     v: Tensor  # [B, Hkv, Sk, Dv]
     attn_mask: Tensor | None
@@ -127,6 +127,7 @@ def prepare(
     precision: str,
 ) -> Prepared:
     """Stage 1 and quantization of a call; arguments as in `attention`."""
+    q, k, v = (unit_last_stride(x) for x in (q, k, v))
     q_len, k_len, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     quantized = precision == "int8"
     numbers = thresholds_on(q.device, thresholds)
@@ -153,7 +154,7 @@ def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | N
     """The sparse loop, into `out`. Returns the tiles whose P V stage 2 skipped, int32 [B, Hq, nQ, parts of a tile];
     None if no head has stage 2.
     """
-    q, k, v = (unit_last_stride(x) for x in (call.q, call.k, call.v))
+    q, k, v = call.q, call.k, call.v
     in_place = out.stride(3) == 1 or out.shape[3] == 1
     written = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
     mask, kind = call.attn_mask, None if call.mask_tiles is None else call.mask_tiles.kind
@@ -161,7 +162,7 @@ def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | N
     k_len, v_dim = k.shape[2], v.shape[3]
     n_q, n_k = tile_count(q_len, Q_TILE), tile_count(k_len, K_TILE)
     arch = launch.architecture(q.device)
-    config = launch.attend_config(arch, dim, v_dim, q.element_size())
+    config = launch.attend_config(arch, dim, v_dim, q.element_size(), call.quantized)
     parts = Q_TILE // config.rows
     strides, unit = row_strides(q, k, v, written)
     strides = (*strides, *_broadcast_strides(mask))
@@ -185,7 +186,8 @@ def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | N
         call.keys.codes, call.keys.scale, call.keys.flags, kind,
         call.selection.tiles, call.selection.counts, call.selection.order, call.thresholds, skipped, spoiled, maximum,
         *strides, *_broadcast_strides(kind), *sizes, math.log(PV_DROP_BUDGET / k_len),
-        **shared, ROWS=config.rows, QUANTIZED=call.quantized, STAGE_2=call.skips, LSE=lse is not None,
+        **shared, ROWS=config.rows, QUANTIZED=call.quantized,
+        HOLD_Q=q.element_size() == 2 and launch.padded(dim) <= 128, STAGE_2=call.skips, LSE=lse is not None,
         LOOP_STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     launch.run(

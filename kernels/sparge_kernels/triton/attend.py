@@ -92,8 +92,8 @@ def _finite(x):
 def _narrow(v, NARROW: tl.constexpr):
     """v, in bf16 if NARROW; fp32 numbers beyond bf16's largest do not become inf."""
     if NARROW:
-        return tl.minimum(tl.maximum(v, -LARGEST_BF16), LARGEST_BF16).to(tl.bfloat16)
-    return v
+        v = tl.minimum(tl.maximum(v, -LARGEST_BF16), LARGEST_BF16)
+    return v.to(tl.bfloat16) if NARROW else v
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -107,7 +107,7 @@ def attend_kernel(
     UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, V_DIM: tl.constexpr, V_PADDED: tl.constexpr,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     QUANTIZED: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, STAGE_2: tl.constexpr, LSE: tl.constexpr,
-    PRODUCT: tl.constexpr, LOOP_STAGES: tl.constexpr,
+    HOLD_Q: tl.constexpr, PRODUCT: tl.constexpr, LOOP_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes ROWS rows of a query tile of the output; grid (B * Hq * nQ * Q_TILE / ROWS,).
 
@@ -156,6 +156,9 @@ def attend_kernel(
         row_exact = q_scale != q_scale
         if tl.load(q_exact + tile_row) != 0:
             first_exact = 0
+    elif HOLD_Q:
+        q_at = q_rows + rows.to(tl.int64)[:, None] * q_token * UNIT + dims[None, :]
+        q = tl.load(q_at, mask=(rows < q_len)[:, None] & (dims < DIM)[None, :], other=0.0)  # [BM, D']
     counted = (rows < q_len) & (row_exact == 0)
 
     for t in tl.range(0, n_plain, num_stages=LOOP_STAGES):
@@ -171,10 +174,15 @@ def attend_kernel(
             s = tl.dot(q, k).to(tl.float32)  # [BM, BN]
         else:
             factor = tl.full([ROWS], 1.0, tl.float32)
-            s = unquantized_scores(
-                q_rows, k_rows, q_len, k_len, rows, j * K_TILE + keys_in_tile, q_token, k_token, scale,
-                UNIT, DIM, PADDED, CHUNK, PRODUCT,
-            )  # fmt: skip
+            if HOLD_Q:
+                k_at = k_rows + (j * K_TILE + keys_in_tile).to(tl.int64)[None, :] * k_token * UNIT + dims[:, None]
+                k = tl.load(k_at) if DIM == PADDED else tl.load(k_at, mask=(dims < DIM)[:, None], other=0.0)
+                s = multiply(q, k, tl.zeros([ROWS, K_TILE], tl.float32), PRODUCT) * (scale * LOG2_E)
+            else:
+                s = unquantized_scores(
+                    q_rows, k_rows, q_len, k_len, rows, j * K_TILE + keys_in_tile, q_token, k_token, scale,
+                    UNIT, DIM, PADDED, CHUNK, PRODUCT,
+                )  # fmt: skip
         largest = tl.max(s, 1) * factor
         m_new = tl.maximum(m, largest)
         base = m_new

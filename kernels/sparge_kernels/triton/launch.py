@@ -25,22 +25,25 @@ class AttendConfig:
 # By architecture and kind of Q, K and V: head dimensions up to 128 (if not powers of two, V is loaded under a mask), or
 # up to 256; 16-bit numbers or fp32. Nothing here was measured: it is what spills no register, fits into shared memory
 # and keeps the loads pipelined, see benchmarks/results/triton_resources.md.
-_SMALL, _ODD, _LARGE, _SMALL_FP32, _LARGE_FP32 = "128", "odd 128", "256", "fp32 128", "fp32 256"
+_SMALL, _ODD, _PLAIN = "128", "odd 128", "128, not quantized"
+_LARGE, _SMALL_FP32, _LARGE_FP32 = "256", "fp32 128", "fp32 256"
 _DEFAULT = {
     _SMALL: AttendConfig(8, 2),
     _ODD: AttendConfig(8, 2),
+    _PLAIN: AttendConfig(8, 2),
     _LARGE: AttendConfig(8, 1, rows=64, chunk=32),
     _SMALL_FP32: AttendConfig(8, 1, rows=64, chunk=16),
     _LARGE_FP32: AttendConfig(8, 1, rows=64, chunk=16),
 }
 _FEW_ROWS = AttendConfig(8, 1, rows=32, chunk=16)
+_HALF = AttendConfig(8, 2, rows=64)
 _ATTEND: dict[str, dict[str, AttendConfig]] = {
-    "sm80": {_SMALL: AttendConfig(8, 3), _LARGE_FP32: _FEW_ROWS},
-    "sm86": {_SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
-    "sm89": {_SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
-    "sm90": {_SMALL: AttendConfig(8, 3)},
-    "sm100": {_SMALL: AttendConfig(8, 3)},
-    "sm120": {_ODD: AttendConfig(8, 2, rows=64), _SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
+    "sm80": {_SMALL: AttendConfig(8, 3), _PLAIN: _HALF, _SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
+    "sm86": {_PLAIN: _HALF, _SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
+    "sm89": {_PLAIN: _HALF, _SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
+    "sm90": {_SMALL: AttendConfig(8, 3), _LARGE_FP32: _FEW_ROWS},
+    "sm100": {_SMALL: AttendConfig(8, 3), _LARGE_FP32: _FEW_ROWS},
+    "sm120": {_ODD: _HALF, _SMALL_FP32: _FEW_ROWS, _LARGE_FP32: _FEW_ROWS},
     "interpreter": dict.fromkeys(_DEFAULT, AttendConfig(8, 1)),  # as the reference: a query tile is one program's
 }
 
@@ -71,12 +74,15 @@ def product(arch: str) -> str:
     return "ieee" if arch.startswith("gfx") else "tf32x3"
 
 
-def attend_config(arch: str, dim: int, v_dim: int, element_size: int) -> AttendConfig:
+def attend_config(arch: str, dim: int, v_dim: int, element_size: int, quantized: bool) -> AttendConfig:
     """The configuration for these head dimensions of Q and K, and of V, and numbers of `element_size` bytes."""
     large, odd = max(padded(dim), padded(v_dim)) > 128, padded(v_dim) != v_dim
-    fp32_kind, kind = (_LARGE_FP32, _LARGE) if large else (_SMALL_FP32, _ODD if odd else _SMALL)
     if element_size > 2:
-        kind = fp32_kind
+        kind = _LARGE_FP32 if large else _SMALL_FP32
+    elif large:
+        kind = _LARGE
+    else:
+        kind = _PLAIN if not quantized else _ODD if odd else _SMALL
     return _ATTEND.get(_RELATIVES.get(arch, arch), _DEFAULT).get(kind, _DEFAULT[kind])
 
 

@@ -104,7 +104,8 @@ def score_tiles(
         score_tiles_kernel, (batch * heads * q_blocks * k_blocks,),
         queries.means, keys.means, bias, scores, *_broadcast_strides(bias),
         heads, heads // kv_heads, n_q, n_k, q_blocks, k_blocks, float(scale),
-        PADDED=padded, BLOCK_Q=_SCORE_Q, BLOCK_K=_SCORE_K, DIMS=_SCORE_DIMS, CAUSAL=is_causal, MASKED=bias is not None,
+        PADDED=padded, BLOCK_Q=_SCORE_Q, BLOCK_K=_SCORE_K, DIMS=min(_SCORE_DIMS, padded // 2),
+        CAUSAL=is_causal, MASKED=bias is not None,
         K_TILES_A_Q_TILE=Q_TILE // K_TILE, num_warps=_SCORE_WARPS,
     )  # fmt: skip
     return scores
