@@ -24,7 +24,7 @@ from sparge_kernels.triton.mask import MaskTiles, classify_mask
 from sparge_kernels.triton.nonfinite import spread_non_finite_kernel
 from sparge_kernels.triton.numbers import thresholds_on
 from sparge_kernels.triton.queries import QueryTiles, prepare_queries
-from sparge_kernels.triton.rows import row_strides, unit_last_stride
+from sparge_kernels.triton.rows import broadcast_strides, row_strides, unit_last_stride
 from sparge_kernels.triton.select import MAX_K_TILES, Selection, select_tiles
 
 MAX_KEYS = MAX_K_TILES * K_TILE
@@ -165,7 +165,7 @@ def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | N
     config = launch.attend_config(arch, dim, v_dim, q.element_size(), call.quantized)
     parts = Q_TILE // config.rows
     strides, unit = row_strides(q, k, v, written)
-    strides = (*strides, *_broadcast_strides(mask))
+    strides = (*strides, *broadcast_strides(mask))
     sizes = (heads, heads // k.shape[1], q_len, k_len, n_q, n_k, call.scale)
     shared = {
         "UNIT": unit, "DIM": dim, "PADDED": launch.padded(dim), "V_DIM": v_dim, "V_PADDED": launch.padded(v_dim),
@@ -185,7 +185,7 @@ def attend(call: Prepared, out: Tensor, lse: Tensor | None = None) -> Tensor | N
         call.queries.codes, call.queries.scale, call.queries.offset, call.queries.exact,
         call.keys.codes, call.keys.scale, call.keys.flags, kind,
         call.selection.tiles, call.selection.counts, call.selection.order, call.thresholds, skipped, spoiled, maximum,
-        *strides, *_broadcast_strides(kind), *sizes, math.log(PV_DROP_BUDGET / k_len),
+        *strides, *broadcast_strides(kind), *sizes, math.log(PV_DROP_BUDGET / k_len),
         **shared, ROWS=config.rows, QUANTIZED=call.quantized,
         HOLD_Q=q.element_size() == 2 and launch.padded(dim) <= 128, STAGE_2=call.skips, LSE=lse is not None,
         LOOP_STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
@@ -211,13 +211,6 @@ def statistics(selection: Selection, skipped: Tensor | None, q_len: int) -> tupl
     empty = parts - tile_count((q_len - 1) % Q_TILE + 1, Q_TILE // parts)  # of the last query tile
     products = computed * parts - empty * selection.counts[:, :, -1, :2].sum(-1)
     return density, (skipped.sum((2, 3)) / products.clamp(min=1)).float()
-
-
-def _broadcast_strides(x: Tensor | None) -> tuple[int, ...]:
-    """Strides of a [B or 1, H or 1, M or 1, N or 1] tensor as if it were expanded."""
-    if x is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

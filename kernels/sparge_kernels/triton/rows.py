@@ -22,6 +22,13 @@ def strides_in_units(x: Tensor) -> tuple[tuple[int, ...], int]:
     return (*(stride // unit for stride in outer), x.stride(3) if last == 0 else last), unit
 
 
+def broadcast_strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of a [B or 1, H or 1, M or 1, N or 1] tensor (None: zeros) as if it were expanded."""
+    if x is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def unit_last_stride(x: Tensor) -> Tensor:
     """x, or a copy of it if neighbours in the last dimension are not neighbours in memory."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -19,6 +19,7 @@ from sparge_kernels.triton import launch
 from sparge_kernels.triton.keys import KeyTiles
 from sparge_kernels.triton.mask import BIASED, HIDDEN, PARTIAL, MaskTiles
 from sparge_kernels.triton.queries import QueryTiles
+from sparge_kernels.triton.rows import broadcast_strides
 
 MAX_K_TILES = 8192
 """A row of tiles lies in the registers of one program."""
@@ -73,7 +74,7 @@ def select_tiles(
     launch.run(
         select_tiles_kernel, (batch * heads * n_q,),
         scores, tiles, counts, queries.similarity, keys.similarity, keys.flags, kind, thresholds,
-        *_broadcast_strides(kind), heads, group, q_len, k_len, n_q, n_k,
+        *broadcast_strides(kind), heads, group, q_len, k_len, n_q, n_k,
         Q_TILE=Q_TILE, K_TILE=K_TILE, CAUSAL=is_causal, MASKED=kind is not None, BLOCK=block,
         LONG=block > _TILES_A_WARP * _MOST_WARPS // 2, num_warps=min(max(block // _TILES_A_WARP, 1), _MOST_WARPS),
     )  # fmt: skip
@@ -102,20 +103,13 @@ def score_tiles(
     q_blocks, k_blocks = triton.cdiv(n_q, _SCORE_Q), triton.cdiv(n_k, _SCORE_K)
     launch.run(
         score_tiles_kernel, (batch * heads * q_blocks * k_blocks,),
-        queries.means, keys.means, bias, scores, *_broadcast_strides(bias),
+        queries.means, keys.means, bias, scores, *broadcast_strides(bias),
         heads, heads // kv_heads, n_q, n_k, q_blocks, k_blocks, float(scale),
         PADDED=padded, BLOCK_Q=_SCORE_Q, BLOCK_K=_SCORE_K, DIMS=min(_SCORE_DIMS, padded // 2),
         CAUSAL=is_causal, MASKED=bias is not None,
         K_TILES_A_Q_TILE=Q_TILE // K_TILE, num_warps=_SCORE_WARPS,
     )  # fmt: skip
     return scores
-
-
-def _broadcast_strides(x: Tensor | None) -> tuple[int, ...]:
-    """Strides of a [B or 1, H or 1, nQ or 1, nK or 1] tensor as if it were expanded."""
-    if x is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 @triton.jit(
