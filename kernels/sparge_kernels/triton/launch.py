@@ -12,14 +12,13 @@ import triton
 @dataclass(frozen=True)
 class AttendConfig:
     """Of the sparse loop. rows: of a query tile per program. chunk: dimensions of Q and K at a time in exact products.
-    warps: per program. stages: depth of the software pipeline. measured: on such a GPU; else by the compiler's report.
+    warps: per program. stages: depth of the software pipeline.
     """
 
     warps: int
     stages: int
     rows: int = 128
     chunk: int = 64
-    measured: bool = False
 
 
 # By architecture and kind of Q, K and V: head dimensions up to 128 (if not powers of two, V is loaded under a mask), or
