@@ -19,10 +19,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
-from workloads import smooth_field
-
 from sparge_kernels import ops  # noqa: F401 - registers the operator
 from sparge_kernels.thresholds import Thresholds, pack
+from workloads import smooth_field
 
 MAX_RELATIVE_L1 = 0.05
 

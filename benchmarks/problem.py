@@ -11,10 +11,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
-from workloads import smooth_field
-
 from sparge_kernels.masks import causal_tiles
 from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
+from workloads import smooth_field
 
 ROW = 128  # tokens in a row of the field
 

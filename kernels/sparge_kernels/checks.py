@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparge_kernels.thresholds import check_count
+from sparge_kernels.thresholds import PREDICTORS, check_count
 
 MAX_HEAD_DIM = 256  # 127 * 127 * 256 < 2^24: INT8 products stay exact in fp32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +40,7 @@ def check_call(
     *,
     enable_gqa: bool,
     precision: str,
+    predictor: str,
     layout: Sequence[int],
 ) -> None:
     """ValueError or TypeError on a call no kernel takes. Symbolic sizes are left to the run-time check."""
@@ -56,6 +57,8 @@ def check_call(
     if precision not in PRECISIONS:
         hint = " (fp8 has no kernel yet)" if precision == "fp8" else ""
         raise ValueError(f"precision={precision!r} is not supported{hint}; allowed: {_names(PRECISIONS)}.")
+    if predictor not in PREDICTORS:
+        raise ValueError(f"predictor={predictor!r} is not known; allowed: {_names(PREDICTORS)}.")
     if sorted(layout) != [0, 1, 2, 3]:
         raise ValueError(f"layout={list(layout)} is not a permutation of [0, 1, 2, 3], outermost first.")
     if isinstance(query.shape[1], int):

@@ -9,6 +9,7 @@ Arguments of both:
     attn_mask: bool (True is "attend") or query's dtype, [B or 1, Hq or 1, Sq or 1, Sk or 1]; not with is_causal.
     is_causal: top-left aligned. scale: default 1 / sqrt(D).
     precision: "int8" or "none" (no quantization).
+    predictor: "clusters" or "sparge" (the paper's), see predict.py.
     min_tokens: a call with fewer queries or keys runs dense (density 1, pv_skipped 0).
     layout: the output's memory order, outermost dimension first, so that its strides follow from the
         arguments alone. The default is the order B, S, H, D.
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparge_kernels.checks import DEVICES, check_call, check_mask, check_static, supported_device
-from sparge_kernels.thresholds import unpack
+from sparge_kernels.thresholds import DEFAULT_PREDICTOR, unpack
 
 __all__ = [
     "StatsRecord",
@@ -45,7 +46,8 @@ __all__ = [
 
 _ARGUMENTS = (
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float[] thresholds, "
-    "bool is_causal=False, float? scale=None, bool enable_gqa=False, str precision='int8', int min_tokens=0, "
+    "bool is_causal=False, float? scale=None, bool enable_gqa=False, str precision='int8', "
+    "str predictor='clusters', int min_tokens=0, "
     "int[] layout=[0, 2, 1, 3], str site='')"
 )
 # The kernels take any strides, so Inductor need not copy inputs to the strides seen while tracing.
@@ -131,12 +133,14 @@ def _run(
     scale: float | None = None,
     enable_gqa: bool = False,
     precision: str = "int8",
+    predictor: str = DEFAULT_PREDICTOR,
     min_tokens: int = 0,
     layout: Sequence[int] = (0, 2, 1, 3),
     site: str = "",
     with_statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    check_call(query, key, value, thresholds, enable_gqa=enable_gqa, precision=precision, layout=layout)
+    chosen = {"enable_gqa": enable_gqa, "precision": precision, "predictor": predictor, "layout": layout}
+    check_call(query, key, value, thresholds, **chosen)
     check_mask(attn_mask, query, key, is_causal=is_causal)
     out = _empty_output(query, value, layout)
     per_head = unpack(tuple(thresholds), query.shape[1])
@@ -161,6 +165,7 @@ def _run(
                 is_causal=is_causal,
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
                 precision=precision,
+                predictor=predictor,
                 out=out,
                 with_statistics=with_statistics,
             )
@@ -226,10 +231,12 @@ def _fake(
     is_causal: bool = False,
     enable_gqa: bool = False,
     precision: str = "int8",
+    predictor: str = DEFAULT_PREDICTOR,
     layout: Sequence[int] = (0, 2, 1, 3),
     **_: Any,
 ) -> Tensor:
-    check_call(query, key, value, thresholds, enable_gqa=enable_gqa, precision=precision, layout=layout)
+    chosen = {"enable_gqa": enable_gqa, "precision": precision, "predictor": predictor, "layout": layout}
+    check_call(query, key, value, thresholds, **chosen)
     check_mask(attn_mask, query, key, is_causal=is_causal)
     return _empty_output(query, value, layout)
 

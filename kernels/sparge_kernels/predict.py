@@ -1,23 +1,27 @@
 """Stage 1: which tiles of the score matrix are worth computing (arXiv 2502.18137, section 3.2).
 
 `select_tiles` is the only entry a kernel needs; its steps are public because kernels are tested step by step.
-The departures from the paper are listed and reasoned in reference.py.
+There are two predictors: "clusters" (clusters.py) and the paper's, "sparge". The departures from the paper are listed
+and reasoned in reference.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparge_kernels.clusters import KeyClusters, cluster_keys, tile_weights
 from sparge_kernels.masks import causal_tiles, mask_tiles
-from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
+from sparge_kernels.thresholds import DEFAULT_PREDICTOR, K_TILE, Q_TILE, Thresholds
 from sparge_kernels.tiles import split_tiles, tile_lengths
 
 # ceil(0.07 * 100) is 8 in floating point: a product this little above a whole number is that number.
 _CEIL_SLACK = 1e-6
+_SCORES_AT_A_TIME = 2**24
 
 
 def tile_means(x: Tensor, tile: int) -> Tensor:
@@ -87,6 +91,124 @@ def finite_tiles(x: Tensor, tile: int) -> Tensor:
     return split_tiles(x.isfinite(), tile, fill=True).all(-1).all(-1)
 
 
+def drop_smallest(weights: Tensor, candidates: Tensor, threshold: Thresholds) -> Tensor:
+    """The candidates one head keeps by their weights (clusters.tile_weights): [..., nQ, nK] -> bool [..., nQ, nK].
+
+    The smallest are dropped while their exponentials sum up to at most 1 - `cdf`: that is all that any row is
+    predicted to lose. Or the best ceil(topk * candidates) of the row are kept. Of equal weights the lower tile index
+    is kept first. `cdf` 1 keeps all candidates, and so does a row with a weight that is not a number.
+    """
+    ranks = weights.masked_fill(~candidates, -torch.inf)
+    order = ranks.argsort(dim=-1, descending=True, stable=True)
+    if threshold.topk is not None:
+        allowed = (candidates.sum(-1, keepdim=True).double() * threshold.topk - _CEIL_SLACK).ceil().clamp(min=1)
+        ranked = torch.arange(weights.shape[-1], device=weights.device) < allowed
+    elif threshold.cdf >= 1:
+        return candidates
+    else:
+        rest = ranks.gather(-1, order).exp().flip(-1).cumsum(-1).flip(-1)  # of the tile and all after it
+        ranked = rest > 1 - threshold.cdf
+    kept = torch.zeros_like(candidates).scatter(-1, order, ranked.expand_as(order))
+    unpredictable = (weights.isnan() & candidates).any(-1, keepdim=True)
+    return candidates & (kept | unpredictable)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What stage 1 knows of a call before thresholds: [B, Hq, nQ, nK] unless said otherwise.
+
+    scores: of the tile means, or ln of the weights, by `predictor`. whole: seen by every row; partial: seen in part,
+    always kept. q_similarity [B, Hq, nQ], k_similarity [B, Hq, nK]: a tile below theta is not predictable, NaN never.
+    """
+
+    predictor: str
+    scores: Tensor
+    whole: Tensor
+    partial: Tensor
+    q_similarity: Tensor
+    k_similarity: Tensor
+
+    def keep(self, head: int, threshold: Thresholds) -> Tensor:
+        """The tiles head `head` computes under `threshold`, bool [B, nQ, nK]."""
+        predictable_k = (self.k_similarity[:, head] >= threshold.similarity)[:, None, :]
+        whole = self.whole[:, head]
+        if self.predictor == "sparge":
+            predictable_q = (self.q_similarity[:, head] >= threshold.similarity)[:, :, None]
+            largest = keep_largest(self.scores[:, head], predictable_k & whole, threshold)
+        else:
+            predictable_q = ~self.q_similarity[:, head].isnan()[:, :, None]
+            largest = drop_smallest(self.scores[:, head], predictable_k & whole, threshold)
+        return self.partial[:, head] | whole & (largest | ~predictable_q | ~predictable_k)
+
+
+def predict(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
+    predictor: str = DEFAULT_PREDICTOR,
+) -> Prediction:
+    """Stage 1 up to the choice: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], fp32 or fp64.
+
+    Query head h reads kv head h // (Hq // Hkv). mask: additive, broadcast to [B, Hq, Sq, Sk], not with is_causal.
+    """
+    group = q.shape[1] // k.shape[1]
+    k_means = tile_means(k, K_TILE)
+    k_similarity = self_similarity(k, K_TILE, key_centres(k_means, k.shape[-2], is_causal))
+    k_finite = finite_tiles(k, K_TILE) & finite_tiles(v, K_TILE) & k_means.isfinite().all(-1)
+    k_similarity = k_similarity.masked_fill(~k_finite, torch.nan)  # NaN is below every theta
+    q_means = tile_means(q, Q_TILE)
+    q_similarity = self_similarity(q, Q_TILE).masked_fill(~q_means.isfinite().all(-1), torch.nan)
+
+    shape = (q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
+    if mask is not None:
+        tiles = mask_tiles(mask.expand(shape))
+    else:
+        tiles = causal_tiles(*shape[2:], is_causal, q.dtype, q.device)
+    hidden, partial, bias = (x.expand(*shape[:2], *x.shape[-2:]) for x in (tiles.hidden, tiles.partial, tiles.bias))
+    whole = ~hidden & ~partial
+    k_similarity, k_finite = (x.repeat_interleave(group, dim=1) for x in (k_similarity, k_finite))
+    if predictor == "sparge":
+        scores = proxy_scores(q_means, k_means.repeat_interleave(group, dim=1), scale) + bias
+    else:
+        scores = _weights(q, k, scale, whole & k_finite[..., None, :], bias, is_causal)
+    return Prediction(predictor, scores, whole, partial, q_similarity, k_similarity)
+
+
+def _weights(q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Tensor, is_causal: bool) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    clusters = cluster_keys(torch.where(k.isfinite(), k, 0))
+    weights = torch.empty(seen.shape, dtype=q.dtype, device=q.device)
+    step = max(1, _SCORES_AT_A_TIME // max(clusters.log_sizes[:, 0].numel() * Q_TILE, 1))  # query tiles
+    for head in range(q.shape[1]):
+        of_head = KeyClusters(*(x[:, head // group] for x in (clusters.means, clusters.log_sizes, clusters.spreads)))
+        known = diagonal_mass(q[:, head], k[:, head // group], scale) if is_causal else None
+        for first in range(0, seen.shape[2], step):
+            tiles, rows = slice(first, first + step), slice(first * Q_TILE, (first + step) * Q_TILE)
+            mass = None if known is None else known[:, rows]
+            options = (seen[:, head, tiles], bias[:, head, tiles], mass)
+            weights[:, head, tiles] = tile_weights(q[:, head, rows], of_head, scale, *options)
+    return weights
+
+
+def diagonal_mass(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """ln of the mass of the diagonal tiles' keys a causal row sees: q [..., Sq, D], k [..., Sk, D] -> [..., Sq].
+
+    -inf beyond the last key. Row i sees keys 0..i; its query tile's diagonal begins at the tile's first row.
+    """
+    tiles, keys = split_tiles(q, Q_TILE), split_tiles(k, Q_TILE)
+    count = min(tiles.shape[-3], keys.shape[-3])
+    scores = tiles[..., :count, :, :] @ keys[..., :count, :, :].transpose(-1, -2) * scale  # [..., n, 128, 128]
+    first = torch.arange(count, device=q.device)[:, None] * Q_TILE
+    real = first + torch.arange(Q_TILE, device=q.device) < k.shape[-2]  # [n, 128]
+    visible = torch.ones(Q_TILE, Q_TILE, dtype=torch.bool, device=q.device).tril() & real[:, None, :]
+    mass = scores.masked_fill(~visible, -torch.inf).logsumexp(-1).flatten(-2)[..., : q.shape[-2]]
+    return F.pad(mass, (0, q.shape[-2] - mass.shape[-1]), value=-torch.inf)
+
+
 def select_tiles(
     q: Tensor,
     k: Tensor,
@@ -96,34 +218,12 @@ def select_tiles(
     is_causal: bool,
     scale: float,
     mask: Tensor | None = None,
+    predictor: str = DEFAULT_PREDICTOR,
 ) -> Tensor:
-    """Stage 1: the tiles whose Q K^T is computed, bool [B, Hq, nQ, nK].
+    """Stage 1: the tiles whose Q K^T is computed, bool [B, Hq, nQ, nK]; one threshold entry per query head.
 
-    q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], fp32 or fp64; one threshold entry per query head.
-    Query head h reads kv head h // (Hq // Hkv). mask: additive, broadcast to [B, Hq, Sq, Sk], not with is_causal.
-    Tiles in the causal future, or that the mask hides, are never selected; partial ones always.
+    The other arguments are `predict`'s. Tiles in the causal future, or that the mask hides, are never selected; partial
+    ones always.
     """
-    group = q.shape[1] // k.shape[1]
-    q_means, k_means = tile_means(q, Q_TILE), tile_means(k, K_TILE)
-    q_similarity = self_similarity(q, Q_TILE)
-    k_similarity = self_similarity(k, K_TILE, key_centres(k_means, k.shape[-2], is_causal))
-    k_finite = finite_tiles(k, K_TILE) & finite_tiles(v, K_TILE) & k_means.isfinite().all(-1)
-    k_similarity = k_similarity.masked_fill(~k_finite, torch.nan)  # NaN is below every theta
-    q_similarity = q_similarity.masked_fill(~q_means.isfinite().all(-1), torch.nan)
-
-    shape = (q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
-    if mask is not None:
-        tiles = mask_tiles(mask.expand(shape))
-    else:
-        tiles = causal_tiles(*shape[2:], is_causal, q.dtype, q.device)
-    hidden, partial, bias = (x.expand(*shape[:2], *x.shape[-2:]) for x in (tiles.hidden, tiles.partial, tiles.bias))
-    kept = []
-    for head, threshold in enumerate(thresholds):
-        kv_head = head // group
-        whole = ~hidden[:, head] & ~partial[:, head]  # [B, nQ, nK]
-        predictable_q = (q_similarity[:, head] >= threshold.similarity)[:, :, None]  # [B, nQ, 1]
-        predictable_k = (k_similarity[:, kv_head] >= threshold.similarity)[:, None, :]  # [B, 1, nK]
-        proxy = proxy_scores(q_means[:, head], k_means[:, kv_head], scale) + bias[:, head]
-        largest = keep_largest(proxy, predictable_k & whole, threshold)
-        kept.append(partial[:, head] | whole & (largest | ~predictable_q | ~predictable_k))
-    return torch.stack(kept, dim=1)
+    prediction = predict(q, k, v, is_causal=is_causal, scale=scale, mask=mask, predictor=predictor)
+    return torch.stack([prediction.keep(head, entry) for head, entry in enumerate(thresholds)], dim=1)

@@ -29,6 +29,10 @@ Where it departs from the papers, it does so for a reason:
 5. A mask is kept to exactly: tiles it hides are never visited, tiles it cuts are treated as the diagonal (masks.py).
 6. Non-finite input gives NaN only where `F.scaled_dot_product_attention` gives NaN, and never to a row that
    cannot see it. A row whose scores are all -inf gives 0, as SDPA does.
+7. Stage 1 is the paper's with predictor="sparge". With "clusters", the default, no query is pooled and each K tile is
+   represented by clusters of its keys (clusters.py): 3. and the certificate are the same, tau is the predicted mass
+   that every row keeps, and theta is asked of K tiles only. Of a causal query tile, candidates are tiles before its
+   first row alone, so no later key has a part in its choice.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ from torch import Tensor
 from sparge_kernels.masks import additive_mask, causal_tiles, mask_tiles
 from sparge_kernels.predict import finite_tiles, select_tiles, tile_means
 from sparge_kernels.quantize import quantize_rows, quantize_tiles, shared_centre
-from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
+from sparge_kernels.thresholds import DEFAULT_PREDICTOR, K_TILE, Q_TILE, Thresholds
 from sparge_kernels.tiles import split_tiles, tile_lengths
 
 
@@ -78,11 +82,12 @@ def attention(
     enable_gqa: bool = False,
     precision: str = "int8",
     centring: str = "tile",
+    predictor: str = DEFAULT_PREDICTOR,
 ) -> Output:
     """Sparse attention of q [B, Hq, Sq, D] over k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv].
 
     One threshold entry, or one per query head. `precision`: "int8" or "none". Causal is top-left aligned.
-    `centring`: "tile" or "call", see 2. above.
+    `centring`: "tile" or "call", see 2. above. `predictor`: "clusters" or "sparge", see 7. above.
     attn_mask: bool or float, broadcast to [B, Hq, Sq, Sk], not with is_causal (masks.py).
     """
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
@@ -94,7 +99,8 @@ def attention(
     q_wide, k_wide, v_wide = q.to(dtype), k.to(dtype), v.to(dtype)
 
     mask = None if attn_mask is None else additive_mask(attn_mask, dtype)
-    kept = select_tiles(q_wide, k_wide, v_wide, thresholds=per_head, is_causal=is_causal, scale=scale, mask=mask)
+    options = {"is_causal": is_causal, "scale": scale, "mask": mask, "predictor": predictor}
+    kept = select_tiles(q_wide, k_wide, v_wide, thresholds=per_head, **options)
     if mask is None:
         tiles = causal_tiles(q.shape[-2], k.shape[-2], is_causal, dtype, q.device)
     else:

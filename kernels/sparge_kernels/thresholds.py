@@ -14,6 +14,10 @@ from dataclasses import dataclass
 Q_TILE = 128
 K_TILE = 64
 
+PREDICTORS = ("clusters", "sparge")
+DEFAULT_PREDICTOR = "clusters"
+"""Stage 1 by rows and clusters (clusters.py), or by tile means, as in the paper (arXiv 2502.18137)."""
+
 PV_DROP_BUDGET = 0.01
 """Largest share of its softmax mass that stage 2 may take from a row under the default `pv` (eps)."""
 
@@ -29,8 +33,9 @@ class Thresholds:
     """Thresholds of one query head (arXiv 2502.18137, section 3).
 
     topk: share of the predictable tiles to keep, in (0, 1]; when set it replaces `cdf`.
-    cdf: proxy softmax mass the kept tiles must reach, in (0, 1] (the paper's tau).
-    similarity: least self-similarity of a tile that may be predicted from its mean, in [-1, 1] (theta).
+    cdf: predicted softmax mass that remains, in (0, 1] (the paper's tau): of the mean query of a tile ("sparge"), of
+        every row ("clusters").
+    similarity: least self-similarity of a tile that may be predicted, in [-1, 1] (theta); "clusters" asks it of K only.
     pv: score gap in nats below which P V of a tile is skipped, negative (lambda); None is the certificate,
         ln(PV_DROP_BUDGET / number of keys of the call). `NEVER_SKIP` turns stage 2 off.
     """

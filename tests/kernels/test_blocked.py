@@ -19,10 +19,10 @@ from kernel_cases import (
     run_blocked,
     run_reference,
 )
-from workloads import smooth_field
 
 from sparge_kernels.cpu import blocked
 from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
+from workloads import smooth_field
 
 THRESHOLDS = st.builds(
     Thresholds,

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from kernel_cases import masking_kernels, random_qkv
 from mask_cases import MASKS, documents, tiles_of
 from stages import assert_same_stages, native_stages, reference_stages
-from workloads import smooth_field
 
 from sparge_kernels.masks import MASK_SPREAD, additive_mask, causal_tiles, mask_tiles
 from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
+from workloads import smooth_field
 
 INF, NAN = float("inf"), float("nan")
 FEW = Thresholds(0.01, 1.0, -1.0, NEVER_SKIP)

@@ -25,9 +25,9 @@ from kernel_cases import (
 )
 from mask_cases import BOOL_MASKS, FLOAT_MASKS
 from stages import assert_same_stages, native_stages, reference_stages
-from workloads import smooth_field
 
 from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
+from workloads import smooth_field
 
 LIGHT = settings(deadline=None, derandomize=True, max_examples=120)
 LENGTHS = st.integers(1, 300)

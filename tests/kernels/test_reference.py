@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEFAULT, KEEP_ALL, both_causal, both_precisions, dense, random_qkv, relative_l1
-from workloads import smooth_field
 
 from sparge_kernels import predict, quantize, reference, tiles
 from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
+from workloads import smooth_field
 
 LENGTHS = st.integers(1, 300)
 LIGHT = settings(deadline=None, derandomize=True, max_examples=20)

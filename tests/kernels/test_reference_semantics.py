@@ -18,9 +18,9 @@ from kernel_cases import (
     random_qkv,
     relative_l1,
 )
-from workloads import smooth_field
 
 from sparge_kernels.thresholds import Thresholds
+from workloads import smooth_field
 
 INF, NAN = float("inf"), float("nan")
 

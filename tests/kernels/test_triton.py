@@ -27,11 +27,11 @@ from mask_cases import MASKS
 from stages import OUTPUT_ROUNDING
 from torch import Tensor
 from triton_cases import DEVICE, on_device
-from workloads import smooth_field
 
 from sparge_kernels import reference, triton
 from sparge_kernels.thresholds import NEVER_SKIP, Q_TILE, Thresholds
 from sparge_kernels.triton import launch
+from workloads import smooth_field
 
 pytestmark = pytest.mark.interpreted
 SKIPPING = Thresholds(topk=0.8, cdf=1.0, similarity=-1.0, pv=-1.0)

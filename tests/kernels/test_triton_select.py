@@ -13,7 +13,6 @@ from mask_cases import MASKS
 from stages import TAU_ROUNDING, assert_rounding_decides
 from torch import Tensor
 from triton_cases import DEVICE, on_device, poisoned_memory
-from workloads import smooth_field
 
 from sparge_kernels import masks, predict
 from sparge_kernels.thresholds import K_TILE, NEVER_SKIP, Q_TILE, Thresholds, pack
@@ -22,6 +21,7 @@ from sparge_kernels.triton import select
 from sparge_kernels.triton.keys import KeyTiles, prepare_keys
 from sparge_kernels.triton.mask import BIASED, HIDDEN, OPEN, PARTIAL, MaskTiles, classify_mask
 from sparge_kernels.triton.queries import QueryTiles, prepare_queries
+from workloads import smooth_field
 
 assert poisoned_memory
 pytestmark = [

@@ -71,6 +71,7 @@ def attention(
     is_causal: bool,
     scale: float,
     precision: str,
+    predictor: str,
     out: Tensor,
     with_statistics: bool = True,
 ) -> tuple[Tensor, Tensor] | None:
@@ -80,6 +81,7 @@ def attention(
         "is_causal": is_causal,
         "scale": scale,
         "precision": precision,
+        "predictor": predictor,
         "out": out,
     }
     if chosen_kernel() == "blocked":

@@ -89,6 +89,7 @@ def attention(
     is_causal: bool,
     scale: float,
     precision: str,
+    predictor: str,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Writes the attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D / Dv] to out [B, Hq, Sq, Dv].
@@ -106,7 +107,7 @@ def attention(
         q_heads = [(b, h * group + i, own) for (b, h), own in zip(some, keys, strict=True) for i in range(group)]
         heads = threads.run(
             [
-                partial(_prepare_head, q[b, h], own, thresholds[h], is_causal, scale, precision, out[b, h])
+                partial(_prepare_head, q[b, h], own, thresholds[h], is_causal, scale, precision, predictor, out[b, h])
                 for b, h, own in q_heads
             ]
         )
@@ -135,12 +136,20 @@ def _prepare_keys(k: Tensor, v: Tensor, precision: str) -> _Keys:
 
 
 def _prepare_head(
-    q: Tensor, keys: _Keys, thresholds: Thresholds, is_causal: bool, scale: float, precision: str, out: Tensor
+    q: Tensor,
+    keys: _Keys,
+    thresholds: Thresholds,
+    is_causal: bool,
+    scale: float,
+    precision: str,
+    predictor: str,
+    out: Tensor,
 ) -> _Head:
     """Stage 1 and quantization of one query head, q [Sq, D] to out [Sq, Dv]."""
     q = _fp32(q)
     k, v = (x.flatten(0, 1)[None, None, : keys.length] for x in (keys.raw, keys.raw_values))
-    kept = select_tiles(q[None, None], k, v, thresholds=[thresholds], is_causal=is_causal, scale=scale)[0, 0]
+    choice = {"thresholds": [thresholds], "is_causal": is_causal, "scale": scale, "predictor": predictor}
+    kept = select_tiles(q[None, None], k, v, **choice)[0, 0]
     codes = raw = q * scale
     exact = torch.zeros(len(q), dtype=torch.bool)
     if precision == "int8":

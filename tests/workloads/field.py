@@ -33,7 +33,7 @@ def smooth_field(
     def field() -> Tensor:
         x = torch.randn(heads * head_dim, *grid, generator=generator, device=device)
         for axis, length in enumerate(correlation, start=1):
-            x = _blur(x, axis, length)
+            x = blur(x, axis, length)
         # Contiguous, as projections give them: over head_dim-major inputs dense SDPA is several times slower.
         x = x.reshape(heads, head_dim, -1).transpose(1, 2).contiguous()
         return F.normalize(x, dim=-1)
@@ -51,7 +51,7 @@ def smooth_field(
     return q[None], k[None], v[None]
 
 
-def _blur(x: Tensor, axis: int, length: float) -> Tensor:
+def blur(x: Tensor, axis: int, length: float) -> Tensor:
     """Periodic Gaussian blur along one axis by FFT; `length` is its standard deviation in tokens."""
     frequencies = torch.fft.fftfreq(x.shape[axis], device=x.device)
     window = (-2 * (torch.pi * length * frequencies).square()).exp()

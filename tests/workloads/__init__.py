@@ -1,0 +1,12 @@
+"""Attention inputs with the structure of real ones: what thresholds are chosen on, tested on and timed on.
+
+Random tensors have nothing to predict. Each workload is a function of its size and a seed; `catalogue` names all that
+the default policy must serve. benchmarks/predictors.py compares predictors on them.
+"""
+
+from __future__ import annotations
+
+from workloads.catalogue import WORKLOADS, Needle, Workload
+from workloads.field import smooth_field
+
+__all__ = ["WORKLOADS", "Needle", "Workload", "smooth_field"]
