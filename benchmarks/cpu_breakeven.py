@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from sparge_compile.rules import rule_for
 from sparge_kernels import ops  # noqa: F401 - registers the operator
-from sparge_kernels.thresholds import Thresholds, pack
+from sparge_kernels.thresholds import pack
 from workloads import smooth_field
 
 MAX_RELATIVE_L1 = 0.05
@@ -37,7 +38,13 @@ def compare(tokens: int, heads: int, head_dim: int, repeats: int, precision: str
     rows = tokens // 128
     height = next(h for h in (8, 4, 2, 1) if rows % h == 0)
     q, k, v = smooth_field((rows // height, height, 128), heads=heads, head_dim=head_dim)
-    options = {"thresholds": pack([Thresholds(None, 0.98, 0.5, None)]), "precision": precision, "is_causal": is_causal}
+    rule = rule_for("auto", is_causal)
+    options = {
+        "thresholds": pack([rule.thresholds]),
+        "predictor": rule.predictor,
+        "precision": precision,
+        "is_causal": is_causal,
+    }
     output, density, pv_skipped = torch.ops.sparge.attention_with_stats.default(q, k, v, **options)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     error = float((output - expected).abs().sum() / expected.abs().sum())

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from sparge_kernels.masks import causal_tiles
 from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
@@ -76,7 +76,7 @@ def smooth_problem(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Problem:
-    """A smooth field of tests/kernels/workloads.py, made on `device`; `tokens` is a multiple of 128."""
+    """A smooth field of tests/workloads, made on `device`; `tokens` is a multiple of 128."""
     rows = tokens // ROW
     height = next(h for h in (8, 4, 2, 1) if rows % h == 0)
     field = smooth_field((rows // height, height, ROW), heads=heads, head_dim=head_dim, device=device)

@@ -205,13 +205,15 @@ def _sparse(
             attn_mask = attn_mask.expand(*leading[:-1], *attn_mask.shape[-3:])
         attn_mask = _four_dimensions(attn_mask)
     q, k, v = (_four_dimensions(x) for x in (q, k, v))
+    choice = from_policy(policy, is_causal)
     operator = torch.ops.sparge.attention_with_stats if return_stats else torch.ops.sparge.attention
     result = operator(
         q,
         k,
         v,
         attn_mask,
-        thresholds=pack([from_policy(policy)]),
+        thresholds=pack(choice.thresholds),
+        predictor=choice.predictor,
         is_causal=is_causal,
         scale=scale,
         enable_gqa=enable_gqa,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparge_compile.profile import Profile
+from sparge_kernels.thresholds import PREDICTORS
 
 OPTION_PREFIX = "sparge."
 PRECISIONS = ("auto", "int8", "fp8", "none")
@@ -22,14 +23,16 @@ class Policy:
     Attributes:
         enabled: False leaves every attention call as it is.
         topk: share of the key tiles kept for each query tile, in (0, 1]. None: `cdf_threshold` decides.
-        cdf_threshold: tau. For each query tile, key tiles are kept, best first, until their predicted softmax
-            mass reaches this share, in (0, 1].
-        similarity_threshold: theta. A tile whose self-similarity (mean cosine between its rows) is below this is
-            not predictable and always kept, in [-1, 1].
+        cdf_threshold: tau, the share of its predicted softmax mass that a query keeps, in (0, 1]. None: the rule's
+            (rules.py). The predictor `sparge` asks it of the mean query of a tile, `clusters` of every query.
+        similarity_threshold: theta. A key tile whose self-similarity (mean cosine between its rows) is below this
+            is not predictable and always kept, in [-1, 1]; with `sparge` so is a query tile. None: the rule's.
         pv_threshold: lambda, in nats, negative. A kept tile all of whose scores lie this far below the running
             maximum skips its P V product. None: ln(0.01 / keys), so that no row drops more than 1 % of its mass.
         min_tokens: calls with fewer queries or fewer keys stay dense. None: the measured break-even of the device.
         dense: fnmatch patterns on site names (`blocks.3.attn1`, `blocks.0.*`) that stay dense.
+        predictor: how the tiles to compute are found: `clusters` (each query against clusters of keys), `sparge` (the
+            paper's means of tiles: cheaper, loses needles), `auto` is the best known.
         precision: `int8` quantizes Q and K, `none` does not, `fp8` has no kernel yet, `auto` is the best
             the device has.
         strict: raise instead of leaving an attention call dense. Sites named in `dense`, and everything under
@@ -45,11 +48,12 @@ class Policy:
 
     enabled: bool = True
     topk: float | None = None
-    cdf_threshold: float = 0.98
-    similarity_threshold: float = 0.5
+    cdf_threshold: float | None = None
+    similarity_threshold: float | None = None
     pv_threshold: float | None = None
     min_tokens: int | None = None
     dense: tuple[str, ...] = ()
+    predictor: str = "auto"
     precision: str = "auto"
     strict: bool = False
     profile: Profile | None = None
@@ -58,12 +62,13 @@ class Policy:
         self._check_flag("enabled")
         self._check_flag("strict")
         self._check_number("topk", 0.0, 1.0, lower_open=True, optional=True)
-        self._check_number("cdf_threshold", 0.0, 1.0, lower_open=True)
-        self._check_number("similarity_threshold", -1.0, 1.0)
+        self._check_number("cdf_threshold", 0.0, 1.0, lower_open=True, optional=True)
+        self._check_number("similarity_threshold", -1.0, 1.0, optional=True)
         self._check_number("pv_threshold", -math.inf, 0.0, upper_open=True, optional=True)
         self._check_min_tokens()
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}.")
+        for name, allowed in (("precision", PRECISIONS), ("predictor", ("auto", *PREDICTORS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}.")
         object.__setattr__(self, "dense", self._patterns())
         if self.profile is not None and not isinstance(self.profile, Profile):
             object.__setattr__(self, "profile", _load_profile(self.profile))

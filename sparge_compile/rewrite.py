@@ -44,6 +44,7 @@ def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, f
                 "scale": claim.scale,
                 "enable_gqa": claim.enable_gqa,
                 "precision": claim.precision,
+                "predictor": decision.predictor,
                 "min_tokens": decision.min_tokens,
                 "layout": list(dynamo.physical_layout(output)),
                 "site": claim.site.name,

@@ -73,11 +73,15 @@ class Decision:
 
     Attributes:
         thresholds: one entry for all heads or one per query head.
+        predictor: the one the thresholds belong to.
+        source: who set them: `policy`, `rule NAME`, `profile`.
         min_tokens: below this many queries or keys the operator itself runs dense; 0 where a shape guard decides.
     """
 
     claim: Claim
     thresholds: tuple[Thresholds, ...]
+    predictor: str
+    source: str
     min_tokens: int = 0
 
 

@@ -6,19 +6,17 @@ sizes a kernel is built for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from sparge_compile import dynamo
 from sparge_compile.dynamo import Size
 from sparge_compile.policy import Policy
+from sparge_compile.rules import break_even, rule_for
 from sparge_compile.site import Claim, Decision, Refusal
 from sparge_kernels import ops
 from sparge_kernels.thresholds import Thresholds
-
-# Fewest queries and keys at which sparse attention beats dense attention, with a margin for small heads and densities
-# near 1. In fp32: without INT8 products, by choice or for want of the instructions.
-# benchmarks/results/cpu_breakeven.md. On GPUs nothing was measured yet: 8192 is an assumption on the safe side.
-BREAK_EVEN = {"cpu": 1024, "cpu in fp32": 8192, "cuda": 8192}
 
 
 def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
@@ -32,36 +30,55 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     if long_enough is False:
         lengths = f"{dynamo.hint(query.shape[2])} queries and {dynamo.hint(key.shape[2])} keys"
         return Refusal(f"{lengths}, min_tokens is {minimum}: sparse attention does not pay on short calls")
-    thresholds = _thresholds(claim, policy)
+    choice = _choose(claim, policy)
     unmeasured = ops.unmeasured(query.device, claim.dtype, claim.precision) if policy.min_tokens is None else None
     if unmeasured is not None:
         return Refusal(f"{unmeasured}; set min_tokens to the length from which it pays here")
     unavailable = ops.unavailable(query.device)
     if unavailable is not None:
         return Refusal(unavailable)
-    heads = query.shape[1]
-    if len(thresholds) > 1 and not dynamo.known(heads == len(thresholds)):
-        return Refusal(f"the profile has {len(thresholds)} heads for this site, the call has {heads}")
-    return Decision(claim, thresholds, min_tokens=minimum if long_enough is None else 0)
+    heads, entries = query.shape[1], len(choice.thresholds)
+    if entries > 1 and not dynamo.known(heads == entries):
+        return Refusal(f"the profile has {entries} heads for this site, the call has {heads}")
+    return Decision(claim, choice.thresholds, choice.predictor, choice.source, minimum if long_enough is None else 0)
 
 
 def min_tokens(policy: Policy, device: torch.device, precision: str) -> int:
     """The policy's minimum, or the device's measured break-even."""
-    if policy.min_tokens is not None:
-        return policy.min_tokens
-    in_fp32 = device.type == "cpu" and (precision == "none" or not ops.has_int8_products(device))
-    return BREAK_EVEN["cpu in fp32" if in_fp32 else device.type]
+    return break_even(device, precision) if policy.min_tokens is None else policy.min_tokens
 
 
-def from_policy(policy: Policy) -> Thresholds:
-    """The thresholds a policy names, for all heads."""
-    return Thresholds(policy.topk, policy.cdf_threshold, policy.similarity_threshold, policy.pv_threshold)
+@dataclass(frozen=True)
+class Choice:
+    """One entry for all heads or one per query head, the predictor they belong to, and who set them."""
+
+    thresholds: tuple[Thresholds, ...]
+    predictor: str
+    source: str
 
 
-def _thresholds(claim: Claim, policy: Policy) -> tuple[Thresholds, ...]:
-    if policy.profile is not None and claim.site.name in policy.profile.sites:
-        return tuple(policy.profile.sites[claim.site.name])
-    return (from_policy(policy),)
+def from_policy(policy: Policy, is_causal: bool) -> Choice:
+    """The thresholds a policy names for all heads; what it leaves open is the rule's."""
+    rule = rule_for(policy.predictor, is_causal)
+    own = rule.thresholds
+    entry = Thresholds(
+        policy.topk,
+        own.cdf if policy.cdf_threshold is None else policy.cdf_threshold,
+        own.similarity if policy.similarity_threshold is None else policy.similarity_threshold,
+        own.pv if policy.pv_threshold is None else policy.pv_threshold,
+    )
+    return Choice((entry,), rule.predictor, f"rule {rule.name}" if entry == own else "policy")
+
+
+def _choose(claim: Claim, policy: Policy) -> Choice:
+    profile = policy.profile
+    if profile is not None and claim.site.name in profile.sites:
+        return Choice(
+            tuple(profile.sites[claim.site.name]),
+            policy.predictor if policy.predictor != "auto" else "clusters",
+            "profile",
+        )
+    return from_policy(policy, claim.is_causal)
 
 
 def _reaches(q_len: Size, k_len: Size, minimum: int) -> bool | None:

@@ -1,0 +1,57 @@
+"""The defaults, in one place: from what length on to be sparse, and the thresholds where nobody named any.
+
+Each row was set so that, on every workload of tests/workloads it covers, from 2048 to 16384 tokens, the relative L1
+against dense attention stays below 0.05, every row's cosine above 0.95, and every needle is found, INT8 included.
+benchmarks/results/predictors.md holds the figures. They did not depend on the length, on head_dim (64 and 128), or on
+whether keys are the queries' own sequence, so no row asks for these: of text, whose keys are unlike each other, theta
+keeps every tile, and uniform random inputs are computed whole for the same reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparge_kernels import ops
+from sparge_kernels.thresholds import Thresholds
+
+# Fewest queries and keys at which sparse attention beats dense attention, with a margin for small heads and densities
+# near 1. In fp32: without INT8 products, by choice or for want of the instructions.
+# benchmarks/results/cpu_breakeven.md. On GPUs nothing was measured yet: 8192 is an assumption on the safe side.
+BREAK_EVEN = {"cpu": 1024, "cpu in fp32": 8192, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Thresholds for the calls it fits; `name` stands for it in reports. is_causal None: either."""
+
+    name: str
+    predictor: str
+    thresholds: Thresholds
+    is_causal: bool | None = None
+
+    def fits(self, predictor: str, is_causal: bool) -> bool:
+        """Is this the rule of such a call? `predictor` may be "auto"."""
+        return predictor in ("auto", self.predictor) and self.is_causal in (None, is_causal)
+
+
+# Tried from the top. Flat attention over many tokens decides the first row: its output is a mean of many values, so a
+# small share of the mass is a larger share of it. Causal maps are more peaked, and their diagonal is always computed.
+# The paper's row keeps .98 of the proxy mass, as its authors' code does; it loses needles (predictors.md).
+RULES = (
+    Rule("full", "clusters", Thresholds(topk=None, cdf=0.96, similarity=0.15, pv=None), is_causal=False),
+    Rule("causal", "clusters", Thresholds(topk=None, cdf=0.95, similarity=0.15, pv=None), is_causal=True),
+    Rule("paper", "sparge", Thresholds(topk=None, cdf=0.98, similarity=0.5, pv=None)),
+)
+
+
+def rule_for(predictor: str, is_causal: bool) -> Rule:
+    """The rule of a call under `Policy.predictor`."""
+    return next(rule for rule in RULES if rule.fits(predictor, is_causal))
+
+
+def break_even(device: torch.device, precision: str) -> int:
+    """The default `min_tokens` of calls on a device, in tokens."""
+    in_fp32 = device.type == "cpu" and (precision == "none" or not ops.has_int8_products(device))
+    return BREAK_EVEN["cpu in fp32" if in_fp32 else device.type]
