@@ -12,8 +12,9 @@ from light import EXACT_FIELDS, LightBackend
 import sparge_compile as sparge
 from sparge_compile import Policy, context
 from sparge_compile.policy import split_options
-from sparge_compile.thresholds import BREAK_EVEN
+from sparge_compile.rules import BREAK_EVEN, rule_for
 
+FULL = rule_for("auto", is_causal=False).thresholds
 X = torch.randn(1, 2, 6, 8)
 
 
@@ -86,7 +87,7 @@ def test_contexts_nest_fields_change_and_policies_replace(compiled):
             compiled(X)
         compiled(X)
     seen = [tuple(node.kwargs["thresholds"][:2]) for node in compiled.backend.operators()]
-    assert seen == [(0.3, 0.5), (0.0, 0.98), (0.3, 0.98)]
+    assert seen == [(0.3, 0.5), (0.0, FULL.cdf), (0.3, FULL.cdf)]
 
 
 def test_a_policy_without_min_tokens_brings_the_break_even_back(compiled):

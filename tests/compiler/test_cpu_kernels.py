@@ -8,7 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import sparge_compile as sparge
 from sparge_compile import Policy, StrictPolicyError
-from sparge_compile.thresholds import BREAK_EVEN
+from sparge_compile.rules import BREAK_EVEN
 from sparge_kernels.cpu import KERNEL_VARIABLE, blocked, build, native
 
 INPUTS = qkv()

@@ -13,7 +13,7 @@ from torch import nn
 
 import sparge_compile as sparge
 from sparge_compile import Policy, StrictPolicyError, dynamo
-from sparge_compile.thresholds import BREAK_EVEN
+from sparge_compile.rules import BREAK_EVEN
 
 X = torch.randn(1, 6, 16)
 

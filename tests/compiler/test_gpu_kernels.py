@@ -7,7 +7,7 @@ from light import EXACT_OPTIONS, Stack, qkv, run
 
 import sparge_compile as sparge
 from sparge_compile import Policy
-from sparge_compile.thresholds import BREAK_EVEN
+from sparge_compile.rules import BREAK_EVEN
 from sparge_kernels import ops
 from sparge_kernels.cpu import KERNEL_VARIABLE
 

@@ -31,6 +31,7 @@ OUT_OF_RANGE = [
     ("min_tokens", -1, "[0, inf)"),
     ("precision", "int4", "auto, int8, fp8, none"),
     ("precision", None, "auto, int8, fp8, none"),
+    ("predictor", "means", "auto, clusters, sparge"),
 ]
 WRONG_TYPE = [
     ("enabled", 1),
@@ -38,7 +39,7 @@ WRONG_TYPE = [
     ("strict", None),
     ("topk", "0.3"),
     ("topk", True),
-    ("cdf_threshold", None),
+    ("cdf_threshold", "auto"),
     ("similarity_threshold", False),
     ("pv_threshold", "auto"),
     ("min_tokens", 128.0),
@@ -138,7 +139,14 @@ def test_equal_policies_have_equal_tokens(one, other):
 
 def test_different_policies_have_different_tokens_and_disabled_ones_share_one():
     changes = [{}, {"topk": 0.3}, {"cdf_threshold": 0.9}, {"similarity_threshold": 0.1}, {"pv_threshold": -3.0}]
-    changes += [{"min_tokens": 0}, {"dense": ("a",)}, {"dense": ("a", "b")}, {"precision": "none"}, {"strict": True}]
+    changes += [
+        {"predictor": "sparge"},
+        {"min_tokens": 0},
+        {"dense": ("a",)},
+        {"dense": ("a", "b")},
+        {"precision": "none"},
+        {"strict": True},
+    ]
     changes += [{"profile": Profile({"a": (Thresholds(t, 0.9, 0.5, None),)})} for t in (0.1, 0.2)]
     assert len({Policy(**change).token for change in changes}) == len(changes)
     assert Policy(enabled=False, topk=0.3).token == Policy(enabled=False).token != Policy().token

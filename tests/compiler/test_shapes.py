@@ -10,7 +10,8 @@ from light import CLOSE, EXACT, EXACT_FIELDS, LightBackend, qkv
 
 import sparge_compile as sparge
 from sparge_compile import Policy
-from sparge_compile.thresholds import BREAK_EVEN, min_tokens
+from sparge_compile.rules import BREAK_EVEN
+from sparge_compile.thresholds import min_tokens
 
 LENGTHS = (9, 30, 31, 32, 33, 40, 10, 64)  # none equals head_dim: TorchDynamo would take the two for one size
 
