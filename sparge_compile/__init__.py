@@ -3,6 +3,7 @@
 Importing this package is never needed for the backend string; it brings the rest of the public interface.
 """
 
+from sparge_compile.attach import Attachment, attach
 from sparge_compile.context import rewriting
 from sparge_compile.explain import explain
 from sparge_compile.functional import AttentionStats, attention
@@ -14,6 +15,7 @@ from sparge_compile.site import StrictPolicyError
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attachment",
     "AttentionStats",
     "Policy",
     "Profile",
@@ -21,6 +23,7 @@ __all__ = [
     "Report",
     "SiteReport",
     "StrictPolicyError",
+    "attach",
     "attention",
     "explain",
     "last_report",

@@ -19,6 +19,7 @@ class AttentionSite:
         node: the node whose output is the attention output.
         pattern: `sdpa`, `mha`, `softmax`, `opaque` (another library's kernel), or `not_attention` (looks like it).
         name: module name, `:1`, `:2` appended where one module has several.
+        call: that number; 0 where the module has this call only.
         source: `file:line` of the call in user code, or an empty string.
         query, key, value: [batch, heads, tokens, head_dim] nodes; None where the pattern does not expose them.
         attn_mask: the mask argument: a node or None.
@@ -29,6 +30,7 @@ class AttentionSite:
     node: fx.Node
     pattern: str
     name: str = ""
+    call: int = 0
     source: str = ""
     query: fx.Node | None = None
     key: fx.Node | None = None
@@ -72,13 +74,17 @@ class Decision:
     """A claim with the thresholds to use.
 
     Attributes:
-        thresholds: one entry for all heads or one per query head.
+        thresholds: one entry for all heads or one per query head; empty with a table.
+        table: int64 [1 or query heads, 4], an input of the graph that holds the bits of fp64 thresholds; or None.
+        source: where the thresholds came from: "policy", "profile" or "attached profile".
         min_tokens: below this many queries or keys the operator itself runs dense; 0 where a shape guard decides.
     """
 
     claim: Claim
     thresholds: tuple[Thresholds, ...]
     min_tokens: int = 0
+    table: fx.Node | None = None
+    source: str = "policy"
 
 
 class StrictPolicyError(RuntimeError):

@@ -28,6 +28,16 @@ def module_name(node: fx.Node) -> str:
     return ".".join(part for part in parts if part) or class_name or type(root).__name__
 
 
+def owner(node: fx.Node) -> tuple[str, str]:
+    """(the local variable that holds the module a node's path starts at, the path from there): one pair per module.
+
+    It tells the modules of one graph apart and needs no name within the whole model.
+    """
+    found = dynamo.module_path(node)
+    path = found[0] if found else None
+    return dynamo.root_local(path) or "", qualified(path or "")
+
+
 def _name_of(module: nn.Module | None) -> str:
     top = dynamo.compiled_module()
     if module is None or top is None:
