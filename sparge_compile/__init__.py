@@ -11,6 +11,7 @@ from sparge_compile.policy import Policy
 from sparge_compile.profile import Profile, ProfileError
 from sparge_compile.report import Report, SiteReport, last_report
 from sparge_compile.site import StrictPolicyError
+from sparge_compile.steps import dense_steps
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "StrictPolicyError",
     "attach",
     "attention",
+    "dense_steps",
     "explain",
     "last_report",
     "rewriting",
