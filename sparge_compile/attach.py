@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import update_wrapper
 from types import TracebackType
 from typing import Any
@@ -69,9 +69,14 @@ def attach(model: nn.Module, profile: Profile | str | os.PathLike[str]) -> Attac
 class Attachment:
     """Thresholds attached to a model's modules. As a context manager it detaches on the way out."""
 
-    def __init__(self, model: nn.Module, plan: _Plan) -> None:
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         self._model = model
-        self._modules = list(plan)
+        self._modules = list(modules)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Attachment:
+        """All that is attached to a model, by whatever calls: a copy of an attached model is attached too."""
+        return cls(model, (module for module in model.modules() if STATE in vars(module)))
 
     def update(self, profile: Profile | str | os.PathLike[str]) -> None:
         """Replaces the numbers by another profile's, in place: nothing is compiled anew.
@@ -169,7 +174,8 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 def _check_free(module: nn.Module, calls: Mapping[int, Any]) -> None:
     if getattr(module, STATE, None) is not None:
         raise RuntimeError(
-            f"a {type(module).__name__} that the profile names has one attached already: detach that, or update() it."
+            f"a {type(module).__name__} that the profile names has one attached already: detach that "
+            "(Attachment.of(model).detach() finds all that a model has), or update() it."
         )
 
 
@@ -226,6 +232,9 @@ def _detach(module: nn.Module) -> None:
         delattr(module, name)
     own = vars(module)
     own.pop(STATE, None)
+    if own.get("forward") == types.MethodType(type(module).forward, module):  # unpickled: ours came back as this
+        del own["forward"], own[_REPLACED]
+        return
     if getattr(own.get("forward"), "__func__", None) is not _forward_of(type(module)):
         return  # another library put its own forward on ours: ours stays, and marks nothing
     del own["forward"]

@@ -100,6 +100,15 @@ def root_local(path: str | None) -> str | None:
     return next((name for name in candidates if isinstance(output.local_scope.get(name), nn.Module)), None)
 
 
+def module_in_local(name: str, path: str) -> nn.Module | None:
+    """The module at a qualified path from the module in a local variable of the frame being compiled."""
+    root = _translator().output.local_scope.get(name)
+    try:
+        return root.get_submodule(path) if isinstance(root, nn.Module) else None
+    except AttributeError:
+        return None
+
+
 def guard_on_attribute_of_local(name: str, attribute: str) -> bool:
     """Has the module in this local variable an attribute of its own with this name? Guards the graph on the answer.
 

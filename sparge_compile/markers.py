@@ -86,24 +86,35 @@ def tables_of(sites: Sequence[AttentionSite], markers: Sequence[Marker]) -> dict
     for place, of_module in calls.items():
         if place in by_owner:
             found.update(_tables_of_module(of_module, by_owner[place]))
-        elif not place[1] and dynamo.is_compiling_frame() and dynamo.guard_on_attribute_of_local(place[0], STATE):
+        elif dynamo.is_compiling_frame() and _is_attached(*place):
             found.update((site.node, Refusal(_CUT_OFF)) for site in of_module)
     return found
 
 
 _CUT_OFF = (
-    "a profile is attached to the module, and a graph break inside its forward cuts the call off from it; "
-    "TORCH_LOGS=graph_breaks shows where"
+    "a profile is attached to the module, but the call does not see it: a graph break inside the module's forward cuts "
+    "it off (TORCH_LOGS=graph_breaks shows where), or the model was unpickled (detach, and attach again)"
 )
 
 
+def _is_attached(start: str, path: str) -> bool:
+    """Is the module attached, although it set no marker in this graph?
+
+    Where TorchDynamo traced the call of the module, it guards the graph on the module's forward itself.
+    """
+    if not path:
+        return dynamo.guard_on_attribute_of_local(start, STATE)
+    module = dynamo.module_in_local(start, path)
+    return module is not None and STATE in vars(module)
+
+
 def _tables_of_module(sites: Sequence[AttentionSite], tables: dict[int, fx.Node]) -> dict[fx.Node, fx.Node | Refusal]:
-    last = len(sites) if len(sites) > 1 else 0
-    if max(tables) > last or (0 in tables and last):
+    numbers = [0] if len(sites) == 1 else list(range(1, len(sites) + 1))  # as the names of its calls end
+    if not set(tables) <= set(numbers):
         named = "its only call" if 0 in tables else f"call {max(tables)} of it"
         reason = f"the profile attached to the module names {named}, and this graph has {len(sites)} of its calls"
         return {site.node: Refusal(reason) for site in sites}
-    return {site.node: tables[site.call] for site in sites if site.call in tables}
+    return {site.node: tables[number] for number, site in zip(numbers, sites, strict=True) if number in tables}
 
 
 def with_table(decision: Decision, table: fx.Node) -> Decision | Refusal:

@@ -19,7 +19,6 @@ class AttentionSite:
         node: the node whose output is the attention output.
         pattern: `sdpa`, `mha`, `softmax`, `opaque` (another library's kernel), or `not_attention` (looks like it).
         name: module name, `:1`, `:2` appended where one module has several.
-        call: that number; 0 where the module has this call only.
         source: `file:line` of the call in user code, or an empty string.
         query, key, value: [batch, heads, tokens, head_dim] nodes; None where the pattern does not expose them.
         attn_mask: the mask argument: a node or None.
@@ -30,7 +29,6 @@ class AttentionSite:
     node: fx.Node
     pattern: str
     name: str = ""
-    call: int = 0
     source: str = ""
     query: fx.Node | None = None
     key: fx.Node | None = None

@@ -32,8 +32,7 @@ def find_sites(gm: fx.GraphModule) -> list[AttentionSite]:
     for site, name in zip(sites, names, strict=True):
         seen[name] += 1
         full = f"{name}:{seen[name]}" if total[name] > 1 else name
-        call = seen[name] if total[name] > 1 else 0
-        named.append(replace(site, name=full, call=call, source=source_location(site.node)))
+        named.append(replace(site, name=full, source=source_location(site.node)))
     return named
 
 

@@ -29,13 +29,16 @@ def module_name(node: fx.Node) -> str:
 
 
 def owner(node: fx.Node) -> tuple[str, str]:
-    """(the local variable that holds the module a node's path starts at, the path from there): one pair per module.
+    """(where a node's path starts, the qualified path from there): one pair for each module of a graph.
 
-    It tells the modules of one graph apart and needs no name within the whole model.
+    It starts at a local variable of the frame, by name, or else at what TorchDynamo wrote (`G['model']`); an empty
+    start is a frame that belongs to no module.
     """
     found = dynamo.module_path(node)
-    path = found[0] if found else None
-    return dynamo.root_local(path) or "", qualified(path or "")
+    path = found[0] if found else ""
+    written = _ROOT.match(path)
+    start = written.group(0) if written and not path.startswith("L[") else dynamo.root_local(path)
+    return start or "", qualified(path)
 
 
 def _name_of(module: nn.Module | None) -> str:

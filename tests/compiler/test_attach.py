@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -343,7 +344,7 @@ def test_a_second_profile_on_one_module_is_an_error_that_changes_nothing():
     expected = whole(model, own)
     sparge.attach(model, Profile({"blocks.1.attn1": per_head(1)}))
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match=r"attached already: detach that, or update\(\) it"):
+    with pytest.raises(RuntimeError, match=r"attached already: detach that.*or update\(\) it"):
         sparge.attach(model, own)
     assert snapshot(model) == before
     sparge.attach(model, Profile({"blocks.0.attn1": per_head(0)}))  # another module: no conflict
@@ -524,3 +525,109 @@ def test_refused_sites_have_no_source_and_plain_ones_the_policys():
     assert {site.threshold_source for site in backend.sites} == {"policy"}
     report = sparge.explain(net(1), X, policy=Policy(min_tokens=10_000))
     assert report.sites[0].threshold_source is None
+
+
+def test_a_module_called_twice_has_a_row_for_each_call():
+    class Shared(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](self.blocks[0](x))
+
+    model = Shared(1).eval().requires_grad_(False)
+    own = Profile({"blocks.0.attn1:1": keep(0.2), "blocks.0.attn1:2": keep(0.7)})
+    expected = whole(model, own)
+    sparge.attach(model, own)
+    backend = LightBackend(POLICY)
+    assert torch.equal(torch.compile(model, backend=backend)(X), expected)
+    assert {site.threshold_source for site in backend.sites} == {"attached profile"}
+
+
+FIRST, SECOND = net(1), net(1)
+
+
+def test_models_with_equal_paths_in_one_graph_are_told_apart():
+    own = [Profile({"blocks.0.attn1": keep(topk)}) for topk in (0.2, 0.7)]
+    first, second = FIRST, SECOND
+    expected = whole(first, own[0]) + whole(second, own[1])
+    with sparge.attach(first, own[0]), sparge.attach(second, own[1]):
+        for function in (lambda x: FIRST(x) + SECOND(x), lambda x: first(x) + second(x)):
+            backend = LightBackend(POLICY)
+            assert torch.equal(torch.compile(function, backend=backend)(X), expected)
+            assert len(backend.sites) == 2
+
+
+def test_lengths_that_change_share_a_graph_too():
+    attached, plain, own = net(), net(), profile()
+    sparge.attach(attached, own)
+    backends = [LightBackend(POLICY), LightBackend(POLICY)]
+    for model, backend in zip((attached, plain), backends, strict=True):
+        for block in model.blocks:
+            block.compile(backend=backend, dynamic=True)
+    for tokens in (700, 500, 650):
+        x = X[:, :tokens].clone()
+        plain(x)
+        fixed = LightBackend(sparge.policy.replace(POLICY, {"profile": own}))
+        expected = torch.compile(net_like(attached), backend=fixed)(x)
+        assert torch.equal(attached(x), expected)
+    assert backends[0].compiles == backends[1].compiles < 3
+
+
+def test_a_site_with_one_entry_among_sites_with_an_entry_per_head_is_a_variant_of_its_own():
+    model = net(3)
+    own = Profile({**profile(3).sites, "blocks.1.attn1": keep(1.0)})
+    expected = whole(model, own)
+    sparge.attach(model, own)
+    backend = by_block(model)
+    assert torch.equal(model(X), expected) and backend.compiles == 2
+
+
+def test_an_unpickled_model_stays_dense_until_it_is_attached_anew():
+    model, own = net(1), profile(1)
+    dense, expected = model(X), whole(model, own)
+    sparge.attach(model, own)
+    again = pickle.loads(pickle.dumps(model))
+    backend = by_block(again)
+    torch.testing.assert_close(again(X), dense, rtol=0, atol=0)
+    assert "unpickled" in backend.reason
+    sparge.Attachment.of(again).detach()
+    assert "forward" not in vars(again.blocks[0].attn1)
+    sparge.attach(again, own)
+    assert torch.equal(again(X), expected)
+
+
+def test_a_copy_of_an_attached_model_is_attached_and_can_be_detached_on_its_own():
+    model, own = net(2), profile(2)
+    expected = whole(model, own)
+    sparge.attach(model, own)
+    other = copy.deepcopy(model)
+    backend = by_block(other)
+    assert torch.equal(other(X), expected) and backend.compiles == 1
+    sparge.Attachment.of(other).detach()
+    assert list(other.buffers()) == [] and len(list(model.buffers())) == 2
+    by_block(model)
+    assert torch.equal(model(X), expected)
+
+
+def test_the_blocks_of_a_diffusers_model_bring_their_own_thresholds():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(3)
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3,
+        cross_attention_dim=16, caption_channels=16, sample_size=40, patch_size=2, norm_num_groups=4,
+    ).eval().requires_grad_(False)  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 40, 40),
+        "encoder_hidden_states": torch.randn(1, 7, 16),
+        "timestep": torch.tensor([3]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "return_dict": False,
+    }
+    own = Profile({f"transformer_blocks.{n}.attn1": per_head(n) for n in range(3)})
+    policy = sparge.policy.replace(POLICY, {"min_tokens": 100})
+    constants = LightBackend(sparge.policy.replace(policy, {"profile": own}))
+    expected = torch.compile(model, backend=constants)(**inputs)[0]
+    with sparge.attach(model, own):
+        backend = LightBackend(policy)
+        model.compile_repeated_blocks(backend=backend, fullgraph=True)
+        assert torch.equal(model(**inputs)[0], expected)
+    assert backend.compiles == 1
+    assert [site.threshold_source for site in backend.sites] == ["attached profile", None]
