@@ -232,8 +232,9 @@ def _detach(module: nn.Module) -> None:
         delattr(module, name)
     own = vars(module)
     own.pop(STATE, None)
-    if own.get("forward") == types.MethodType(type(module).forward, module):  # unpickled: ours came back as this
-        del own["forward"], own[_REPLACED]
+    if own.get("forward") == types.MethodType(type(module).forward, module):  # unpickled: ours comes back as this
+        del own["forward"]
+        own.pop(_REPLACED, None)
         return
     if getattr(own.get("forward"), "__func__", None) is not _forward_of(type(module)):
         return  # another library put its own forward on ours: ours stays, and marks nothing

@@ -93,7 +93,8 @@ def tables_of(sites: Sequence[AttentionSite], markers: Sequence[Marker]) -> dict
 
 _CUT_OFF = (
     "a profile is attached to the module, but the call does not see it: a graph break inside the module's forward cuts "
-    "it off (TORCH_LOGS=graph_breaks shows where), or the model was unpickled (detach, and attach again)"
+    "it off (TORCH_LOGS=graph_breaks shows where), or another forward took the place of the attached one, as in an "
+    "unpickled model (sparge_compile.Attachment.of(model).detach(), and attach again)"
 )
 
 
