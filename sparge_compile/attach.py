@@ -58,10 +58,14 @@ def attach(model: nn.Module, profile: Profile | str | os.PathLike[str]) -> Attac
     plan = _plan(target, _loaded(profile))
     for module, calls in plan.items():
         _check_free(module, calls)
-    devices = {module: _device(module, target) for module in plan}
-    for module, calls in plan.items():
-        for call, entries in calls.items():
-            module.register_buffer(f"{PREFIX}{call}", _table(entries).to(devices[module]), persistent=False)
+    tables = {
+        (module, f"{PREFIX}{call}"): _table(entries, _device(module, target))
+        for module, calls in plan.items()
+        for call, entries in calls.items()
+    }
+    for (module, name), table in tables.items():
+        module.register_buffer(name, table, persistent=False)
+    for module in plan:
         _put_forward(module)
     return Attachment(target, plan)
 
@@ -87,7 +91,11 @@ class Attachment:
         """
         plan = _plan(self._model, _loaded(profile))
         old = {(module, name): table for module in self._modules for name, table in _tables(module).items()}
-        new = {(m, f"{PREFIX}{call}"): _table(entries) for m, calls in plan.items() for call, entries in calls.items()}
+        new = {
+            (module, f"{PREFIX}{call}"): _table(entries, torch.device("cpu"))
+            for module, calls in plan.items()
+            for call, entries in calls.items()
+        }
         if not old:
             raise RuntimeError("nothing is attached any more; attach the profile instead.")
         if {key: table.shape for key, table in old.items()} != {key: table.shape for key, table in new.items()}:
@@ -144,6 +152,8 @@ def _plan(model: nn.Module, profile: Profile) -> _Plan:
             continue
         if names.setdefault(module, base) != base:
             raise ProfileError(f"the profile names one module twice, as {names[module]!r} and {base!r}.")
+        if not entries or not all(isinstance(entry, Thresholds) for entry in entries):
+            raise ProfileError(f"the profile's site {site!r} must hold one Thresholds, or one for each query head.")
         plan.setdefault(module, {})[call] = tuple(entries)
     if missing:
         raise ProfileError(
@@ -187,9 +197,11 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
     return device
 
 
-def _table(entries: Sequence[Thresholds]) -> Tensor:
+def _table(entries: Sequence[Thresholds], device: torch.device) -> Tensor:
     """int64 [entries, 4]: the bits of fp64 numbers. A cast of the model's floating-point tensors leaves them alone."""
-    return torch.tensor(pack(entries), dtype=torch.float64).view(-1, FIELDS).view(torch.int64)
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be updated outside it
+        numbers = torch.tensor(pack(entries), dtype=torch.float64, device="cpu").view(len(entries), FIELDS)
+        return numbers.view(torch.int64).to(device)
 
 
 def _tables(module: nn.Module) -> dict[str, Tensor]:
@@ -214,7 +226,8 @@ _FORWARDS: weakref.WeakKeyDictionary[type, Callable[..., Any]] = weakref.WeakKey
 def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
     """`_forward` for one class, with a code object of its own: torch counts compiled variants by code object."""
     if cls not in _FORWARDS:
-        function = types.FunctionType(_forward.__code__.replace(co_name="forward"), globals(), "forward")
+        code = _forward.__code__.replace(co_name=f"{cls.__name__}.forward")
+        function = types.FunctionType(code, globals(), "forward")
         _FORWARDS[cls] = update_wrapper(function, cls.forward, updated=())
     return _FORWARDS[cls]
 
@@ -236,7 +249,7 @@ def _detach(module: nn.Module) -> None:
         del own["forward"]
         own.pop(_REPLACED, None)
         return
-    if getattr(own.get("forward"), "__func__", None) is not _forward_of(type(module)):
+    if getattr(own.get("forward"), "__func__", None) not in list(_FORWARDS.values()):
         return  # another library put its own forward on ours: ours stays, and marks nothing
     del own["forward"]
     replaced = own.pop(_REPLACED, None)

@@ -94,6 +94,8 @@ def test_a_profile_of_another_model_is_an_error_that_changes_nothing():
 WRONG = {
     "mixed-calls": (lambda: Profile({"blocks.0": keep(1.0), "blocks.0:1": keep(1.0)}), ProfileError, "as several"),
     "no-profile": (lambda: {"blocks.0": keep(1.0)}, TypeError, "must be a Profile or the path of one"),
+    "no-entries": (lambda: Profile({"blocks.0": ()}), ProfileError, "must hold one Thresholds"),
+    "numbers": (lambda: Profile({"blocks.0": (0.5,)}), ProfileError, "must hold one Thresholds"),
     "no-file": (lambda: "/no/such/profile.json", ProfileError, "does not exist"),
 }
 
@@ -172,3 +174,11 @@ def test_a_copy_of_an_attached_model_is_attached_and_can_be_detached_on_its_own(
     assert list(other.buffers()) == [] and len(list(model.buffers())) == 2
     by_block(model)
     assert torch.equal(model(X), expected)
+
+
+def test_numbers_attached_in_inference_mode_can_be_updated_outside_it():
+    model = net(1)
+    with torch.inference_mode(), torch.device("meta"):
+        attachment = sparge.attach(model, profile(1))
+    attachment.update(profile(1))
+    assert next(model.buffers()).device.type == "cpu"

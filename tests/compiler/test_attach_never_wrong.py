@@ -148,3 +148,32 @@ def test_an_unpickled_model_stays_dense_until_it_is_attached_anew():
     assert "forward" not in vars(again.blocks[0].attn1)
     sparge.attach(again, own)
     assert torch.equal(again(X), expected)
+
+
+class Processor:
+    """Not a module, as in diffusers; a graph break keeps it from being traced with the module that calls it."""
+
+    def __call__(self, attn: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1))
+        torch._dynamo.graph_break()
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.out(out)
+
+
+class Processed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.processor = nn.Linear(16, 48), nn.Linear(16, 16), Processor()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.processor(self, x)
+
+
+def test_a_call_in_a_processor_behind_a_graph_break_stays_dense_while_its_module_is_attached():
+    model = net(1, Processed)
+    backend = by_block(model)
+    sparse, sites = model(X), len(backend.sites)
+    with sparge.attach(model, Profile({"blocks.0": keep(0.3)})):
+        model(X)
+        assert "graph break" in (backend.sites[-1].reason or "") and len(backend.sites) == sites + 1
+    assert torch.equal(model(X), sparse) and len(backend.sites) == sites + 1
