@@ -3,6 +3,7 @@
 Importing this package is never needed for the backend string; it brings the rest of the public interface.
 """
 
+from sparge_compile.attach import Attachment, attach
 from sparge_compile.context import rewriting
 from sparge_compile.explain import explain
 from sparge_compile.functional import AttentionStats, attention
@@ -10,10 +11,12 @@ from sparge_compile.policy import Policy
 from sparge_compile.profile import Profile, ProfileError
 from sparge_compile.report import Report, SiteReport, last_report
 from sparge_compile.site import StrictPolicyError
+from sparge_compile.steps import dense_steps
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attachment",
     "AttentionStats",
     "Policy",
     "Profile",
@@ -21,7 +24,9 @@ __all__ = [
     "Report",
     "SiteReport",
     "StrictPolicyError",
+    "attach",
     "attention",
+    "dense_steps",
     "explain",
     "last_report",
     "rewriting",

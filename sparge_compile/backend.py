@@ -12,8 +12,9 @@ from torch import fx
 from sparge_compile import context, dynamo
 from sparge_compile.claim import claim
 from sparge_compile.graph import blocker, written_nodes
+from sparge_compile.markers import Marker, tables_of, take_markers, with_table
 from sparge_compile.matchers import find_sites, softmax
-from sparge_compile.policy import Policy, split_options
+from sparge_compile.policy import Policy, replace, split_options
 from sparge_compile.report import LAST, SiteReport, describe
 from sparge_compile.rewrite import rewrite
 from sparge_compile.site import AttentionSite, Claim, Decision, Refusal, StrictPolicyError
@@ -57,6 +58,7 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
         gm: a TorchDynamo graph.
         base: the policy of the compile, before the contexts around it.
     """
+    markers = take_markers(gm)
     sites = find_sites(gm)
     if not sites:
         log.debug("no attention call in a graph of %d nodes", len(gm.graph.nodes))
@@ -65,7 +67,7 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
     if dynamo.is_compiling_frame():
         context.guard_on_policy_in_force(base)
         _warn_before_recompile_limit()
-    outcomes = list(zip(sites, _decide_all(gm, sites, policy), strict=True))
+    outcomes = list(zip(sites, _decide_all(gm, sites, policy, markers), strict=True))
     reports = [describe(site, outcome) for site, outcome in outcomes]
     _check_strict(policy, reports)
     rewrite(gm, [outcome for _, outcome in outcomes if isinstance(outcome, Decision)])
@@ -73,18 +75,34 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
     return reports
 
 
-def _decide_all(gm: fx.GraphModule, sites: Sequence[AttentionSite], policy: Policy) -> list[Decision | Refusal]:
+def _decide_all(
+    gm: fx.GraphModule,
+    sites: Sequence[AttentionSite],
+    policy: Policy,
+    markers: Sequence[Marker],
+) -> list[Decision | Refusal]:
     if not policy.enabled:
         return [Refusal("rewriting is off (enabled=False)", requested=True) for _ in sites]
     blocked = blocker(gm.graph)
     if blocked is not None:
         return [Refusal(blocked) for _ in sites]
     written = written_nodes(gm.graph)
-    outcomes: list[Decision | Refusal] = []
-    for site in sites:
-        claimed = claim(site, policy, written)
-        outcomes.append(decide(claimed, policy) if isinstance(claimed, Claim) else claimed)
-    return outcomes
+    tables = tables_of(sites, markers)
+    return [_decide(site, policy, written, tables.get(site.node)) for site in sites]
+
+
+def _decide(
+    site: AttentionSite, policy: Policy, written: set[fx.Node], table: fx.Node | Refusal | None
+) -> Decision | Refusal:
+    claimed = claim(site, policy, written)
+    if not isinstance(claimed, Claim):
+        return claimed
+    if table is None:
+        return decide(claimed, policy)
+    if isinstance(table, Refusal):
+        return table
+    outcome = decide(claimed, replace(policy, {"profile": None}))  # what is attached wins over any profile
+    return with_table(outcome, table) if isinstance(outcome, Decision) else outcome
 
 
 def _check_strict(policy: Policy, reports: Sequence[SiteReport]) -> None:

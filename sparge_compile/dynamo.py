@@ -7,6 +7,7 @@ sizes, know which `torch.compile` is compiling, hear when a compile starts and e
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 import sys
@@ -22,7 +23,7 @@ from torch._dynamo import callback as _callback
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource
+from torch._dynamo.source import AttrSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
@@ -81,14 +82,56 @@ def root_module(path: str | None) -> nn.Module | None:
     TorchDynamo records paths from the frame it traces. After a graph break that frame is a submodule's forward, or a
     continuation that holds the module in a variable of its own making.
     """
+    name = root_local(path)
+    module = _translator().output.local_scope.get(name) if is_compiling_frame() else None
+    return module if isinstance(module, nn.Module) else None
+
+
+def root_local(path: str | None) -> str | None:
+    """The name of that variable: the one in the path, else the frame's self or first argument if that is a module."""
+    named = _ROOT_LOCAL.match(path or "")
+    if named:
+        return named.group(1)
     if not is_compiling_frame():
         return None
     output = _translator().output
     code = output.root_tx.f_code
-    named = _ROOT_LOCAL.match(path or "")
-    candidates = [named.group(1)] if named else ["self", *code.co_varnames[: min(code.co_argcount, 1)]]
-    found = (output.local_scope.get(name) for name in candidates)
-    return next((module for module in found if isinstance(module, nn.Module)), None)
+    candidates = ["self", *code.co_varnames[: min(code.co_argcount, 1)]]
+    return next((name for name in candidates if isinstance(output.local_scope.get(name), nn.Module)), None)
+
+
+def module_in_local(name: str, path: str) -> nn.Module | None:
+    """The module at a qualified path from the module in a local variable of the frame being compiled."""
+    root = _translator().output.local_scope.get(name)
+    try:
+        return root.get_submodule(path) if isinstance(root, nn.Module) else None
+    except AttributeError:
+        return None
+
+
+def guard_on_attribute_of_local(name: str, attribute: str) -> bool:
+    """Has the module in this local variable an attribute of its own with this name? Guards the graph on the answer.
+
+    An empty name stands for every module among the variables of the frame. The attribute's value is a text that never
+    changes.
+    """
+    scope = _translator().output.local_scope
+    names = [name] if name else [other for other, value in scope.items() if isinstance(value, nn.Module)]
+    answers = [_guard_on_attribute(local, scope.get(local), attribute) for local in names]
+    return any(answers)
+
+
+def _guard_on_attribute(local: str, module: Any, attribute: str) -> bool:
+    if not isinstance(module, nn.Module):
+        return False
+    source = LocalSource(local)
+    has = attribute in vars(module)
+    if has:
+        install_guard(AttrSource(source, attribute).make_guard(GuardBuilder.EQUALS_MATCH))
+    else:
+        absent = functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=attribute)
+        install_guard(source.make_guard(absent))
+    return has
 
 
 def compiled_module() -> nn.Module | None:
@@ -298,6 +341,12 @@ def unwrapped_backend_errors() -> Iterator[None]:
 def is_transforming() -> bool:
     """Is a functorch transform (vmap, grad, jvp) or forward-mode differentiation active in this thread?"""
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_traced_for_a_backend() -> bool:
+    """For code that TorchDynamo traces: is this a compile, and not an export? False in code that runs."""
+    # Not torch.compiler.is_exporting(): tracing with torch 2.11 takes it for True.
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag
 
 
 def _translator() -> Any:

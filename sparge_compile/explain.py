@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
 
@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sparge_compile import context, dynamo
+from sparge_compile.attach import attached_thresholds
 from sparge_compile.backend import transform
+from sparge_compile.markers import ATTACHED_SOURCE
 from sparge_compile.policy import Policy, split_options
 from sparge_compile.report import Report, SiteReport
 from sparge_kernels import ops
@@ -101,6 +103,7 @@ class _Collector:
     """The sites of one `explain`, by name and place in the source, in the order they ran."""
 
     def __init__(self, target: Callable[..., Any]) -> None:
+        self._target = target
         self.sites: dict[tuple[str, str], SiteReport] = {}
         self.notes: tuple[str, ...] = ()
         modules = target.named_modules() if isinstance(target, nn.Module) else ()
@@ -113,6 +116,9 @@ class _Collector:
         for site in sites:
             if before and now and (site.name + ".").startswith((before + ".", before + ":")):
                 site = replace(site, name=now + site.name[len(before) :])
+            if site.threshold_source == ATTACHED_SOURCE:
+                attached = attached_thresholds(self._target, site.name)
+                site = replace(site, thresholds=tuple(asdict(entry) for entry in attached))
             self.sites[site.name, site.source] = site
 
     @contextlib.contextmanager

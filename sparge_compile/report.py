@@ -32,6 +32,8 @@ class SiteReport:
         pattern: `sdpa`, `mha`, `softmax`, `opaque`, `not_attention`.
         source: `file:line` in user code.
         requested: dense because the user asked for it.
+        threshold_source: where the thresholds came from: `policy`, `profile` or `attached profile`; None if dense. What
+            is attached may change from call to call: `thresholds` then holds what `explain`'s run used, else nothing.
         density: share of the visible tiles that were computed, from `explain`'s run; None if not measured.
         pv_skipped: share of the computed tiles whose P V product was skipped; None if not measured.
     """
@@ -51,6 +53,7 @@ class SiteReport:
     requested: bool = False
     density: float | None = None
     pv_skipped: float | None = None
+    threshold_source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,14 @@ def describe(site: AttentionSite, outcome: Decision | Refusal) -> SiteReport:
             rewritten=False, reason=outcome.reason, requested=outcome.requested, is_causal=is_causal, **common
         )
     thresholds = tuple(asdict(entry) for entry in outcome.thresholds)
-    return SiteReport(rewritten=True, reason=None, is_causal=outcome.claim.is_causal, thresholds=thresholds, **common)
+    return SiteReport(
+        rewritten=True,
+        reason=None,
+        is_causal=outcome.claim.is_causal,
+        thresholds=thresholds,
+        threshold_source=outcome.source,
+        **common,
+    )
 
 
 def _sizes(site: AttentionSite) -> dict[str, Any]:

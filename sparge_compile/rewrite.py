@@ -30,6 +30,7 @@ def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, f
     """`replaced` maps the nodes of earlier sites, which may be this one's inputs, to what stands for them now."""
     claim = decision.claim
     node = claim.site.node
+    table = decision.table
     output = dynamo.example(node)
     with graph.inserting_before(node):
         claimed = (claim.query, claim.key, claim.value)
@@ -39,6 +40,7 @@ def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, f
             torch.ops.sparge.attention.default,
             inputs,
             {
+                **({} if table is None else {"threshold_table": _numbers(graph, table)}),
                 "thresholds": pack(decision.thresholds),
                 "is_causal": claim.is_causal,
                 "scale": claim.scale,
@@ -54,6 +56,13 @@ def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, f
     node.replace_all_uses_with(replacement)
     graph.erase_node(node)
     replaced[node] = replacement
+
+
+def _numbers(graph: fx.Graph, table: fx.Node) -> fx.Node:
+    """An attached table, int64, as the fp64 numbers whose bits it holds."""
+    numbers = graph.call_method("view", (table, torch.float64))
+    dynamo.set_example(numbers, dynamo.example(table).view(torch.float64))
+    return numbers
 
 
 def _cast(graph: fx.Graph, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:

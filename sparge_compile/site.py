@@ -72,10 +72,11 @@ class Decision:
     """A claim with the thresholds to use.
 
     Attributes:
-        thresholds: one entry for all heads or one per query head.
+        thresholds: one entry for all heads or one per query head; empty with a table.
         predictor: the one the thresholds belong to.
-        source: who set them: `policy`, `rule NAME`, `profile`.
+        source: who set them: `policy`, `rule NAME`, `profile` or `attached profile`.
         min_tokens: below this many queries or keys the operator itself runs dense; 0 where a shape guard decides.
+        table: int64 [1 or query heads, 4], an input of the graph that holds the bits of fp64 thresholds; or None.
     """
 
     claim: Claim
@@ -83,6 +84,7 @@ class Decision:
     predictor: str
     source: str
     min_tokens: int = 0
+    table: fx.Node | None = None
 
 
 class StrictPolicyError(RuntimeError):

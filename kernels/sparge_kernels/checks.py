@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparge_kernels.thresholds import PREDICTORS, check_count
+from sparge_kernels.thresholds import FIELDS, PREDICTORS, check_count
 
 MAX_HEAD_DIM = 256  # 127 * 127 * 256 < 2^24: INT8 products stay exact in fp32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,6 @@ def check_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    thresholds: Sequence[float],
     *,
     enable_gqa: bool,
     precision: str,
@@ -61,8 +60,28 @@ def check_call(
         raise ValueError(f"predictor={predictor!r} is not known; allowed: {_names(PREDICTORS)}.")
     if sorted(layout) != [0, 1, 2, 3]:
         raise ValueError(f"layout={list(layout)} is not a permutation of [0, 1, 2, 3], outermost first.")
-    if isinstance(query.shape[1], int):
-        check_count(thresholds, query.shape[1])
+
+
+def check_thresholds(thresholds: Sequence[float], table: Tensor | None, query: Tensor) -> None:
+    """ValueError or TypeError unless there is one entry for all heads, or one per query head, in one of the two."""
+    if table is None:
+        if isinstance(query.shape[1], int):
+            check_count(thresholds, query.shape[1])
+        return
+    if len(thresholds) > 0:
+        raise ValueError("thresholds and threshold_table are given together; leave thresholds empty.")
+    if table.dtype != torch.float64:
+        raise TypeError(f"threshold_table is {table.dtype}; torch.float64 is allowed.")
+    if table.device != query.device:
+        raise ValueError(f"threshold_table is on {table.device}, query on {query.device}. Move it.")
+    shape, heads = list(table.shape), query.shape[1]
+    entries = shape[0] if shape else 0
+    counted = isinstance(entries, int) and isinstance(heads, int)
+    if len(shape) != 2 or shape[1] != FIELDS or (counted and entries not in (1, heads)):
+        raise ValueError(
+            f"threshold_table has shape {shape}; [1, {FIELDS}] (one entry for all heads) or [{heads}, {FIELDS}] (one "
+            "for each query head) is allowed."
+        )
 
 
 def check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor, *, is_causal: bool) -> None:

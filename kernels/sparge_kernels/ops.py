@@ -5,7 +5,10 @@ Arguments of both:
 
     query [B, Hq, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv]: one dtype (fp32, bf16 or fp16), one
         device, any strides. Hq == Hkv, or Hq a multiple of Hkv with enable_gqa (repeat_interleave semantics).
-    thresholds: 4 numbers for all heads or for each query head, see thresholds.pack.
+    thresholds: 4 numbers for all heads or for each query head, see thresholds.pack; empty with a threshold_table.
+    threshold_table: the same numbers as a tensor, fp64 [1 or Hq, 4] on query's device, in place of `thresholds`: they
+        may differ from call to call of one compiled graph. On a GPU nothing reads them back, so numbers out of range
+        are an error on the CPU only; whoever fills the table makes them from `Thresholds`.
     attn_mask: bool (True is "attend") or query's dtype, [B or 1, Hq or 1, Sq or 1, Sk or 1]; not with is_causal.
     is_causal: top-left aligned. scale: default 1 / sqrt(D).
     precision: "int8" or "none" (no quantization).
@@ -31,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparge_kernels.checks import DEVICES, check_call, check_mask, check_static, supported_device
-from sparge_kernels.thresholds import DEFAULT_PREDICTOR, unpack
+from sparge_kernels.checks import DEVICES, check_call, check_mask, check_static, check_thresholds, supported_device
+from sparge_kernels.thresholds import DEFAULT_PREDICTOR, Thresholds, unpack
 
 __all__ = [
     "StatsRecord",
@@ -45,10 +48,9 @@ __all__ = [
 ]
 
 _ARGUMENTS = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float[] thresholds, "
-    "bool is_causal=False, float? scale=None, bool enable_gqa=False, str precision='int8', "
-    "str predictor='clusters', int min_tokens=0, "
-    "int[] layout=[0, 2, 1, 3], str site='')"
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor? threshold_table=None, *, "
+    "float[] thresholds=[], bool is_causal=False, float? scale=None, bool enable_gqa=False, str precision='int8', "
+    "str predictor='clusters', int min_tokens=0, int[] layout=[0, 2, 1, 3], str site='')"
 )
 # The kernels take any strides, so Inductor need not copy inputs to the strides seen while tracing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -127,8 +129,9 @@ def _run(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    threshold_table: Tensor | None = None,
     *,
-    thresholds: Sequence[float],
+    thresholds: Sequence[float] = (),
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -145,10 +148,11 @@ def _run(
         "predictor": predictor,
         "layout": layout,
     }
-    check_call(query, key, value, thresholds, **chosen)
+    check_call(query, key, value, **chosen)
+    check_thresholds(thresholds, threshold_table, query)
     check_mask(attn_mask, query, key, is_causal=is_causal)
     out = _empty_output(query, value, layout)
-    per_head = unpack(tuple(thresholds), query.shape[1])
+    per_head = _per_head(query, thresholds, threshold_table)
     records = _records.get()
     with_statistics = with_statistics or records is not None
     runs_dense = min(query.shape[2], key.shape[2]) < min_tokens or out.numel() == 0 or key.numel() == 0
@@ -178,6 +182,18 @@ def _run(
     if records is not None and density is not None and pv_skipped is not None:
         records.append(StatsRecord(site, density, pv_skipped, "dense" if runs_dense else "sparse"))
     return out, density, pv_skipped
+
+
+def _per_head(query: Tensor, thresholds: Sequence[float], table: Tensor | None) -> list[Thresholds] | Tensor:
+    """One entry per query head; the table itself where reading it would wait for the device."""
+    if table is None:
+        return unpack(tuple(thresholds), query.shape[1])
+    if query.device.type == "cpu":
+        from sparge_kernels import cpu
+
+        if cpu.chosen_kernel() != "interpreted":
+            return unpack(tuple(table.flatten().tolist()), query.shape[1])
+    return table
 
 
 def _dense_statistics(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,8 +247,9 @@ def _fake(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    threshold_table: Tensor | None = None,
     *,
-    thresholds: Sequence[float],
+    thresholds: Sequence[float] = (),
     is_causal: bool = False,
     enable_gqa: bool = False,
     precision: str = "int8",
@@ -246,7 +263,8 @@ def _fake(
         "predictor": predictor,
         "layout": layout,
     }
-    check_call(query, key, value, thresholds, **chosen)
+    check_call(query, key, value, **chosen)
+    check_thresholds(thresholds, threshold_table, query)
     check_mask(attn_mask, query, key, is_causal=is_causal)
     return _empty_output(query, value, layout)
 

@@ -25,7 +25,7 @@ NEVER_SKIP = -1e30
 """A `pv` no score gap can be below: stage 2 is off. Finite, because schemas and JSON carry it."""
 
 _NONE = 0.0  # outside the range of topk and of pv, so it can stand for None
-_FIELDS = 4
+FIELDS = 4  # numbers an entry: topk, cdf, similarity, pv
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def pack(thresholds: Sequence[Thresholds]) -> list[float]:
 
 def check_count(values: Sequence[float], heads: int) -> None:
     """ValueError unless `values` holds one entry, or one per query head."""
-    if len(values) not in (_FIELDS, _FIELDS * heads):
+    if len(values) not in (FIELDS, FIELDS * heads):
         raise ValueError(
-            f"thresholds has {len(values)} numbers; {_FIELDS} (one entry for all heads) or {_FIELDS * heads} "
+            f"thresholds has {len(values)} numbers; {FIELDS} (one entry for all heads) or {FIELDS * heads} "
             f"(one entry for each of {heads} query heads) are allowed. Build them with thresholds.pack()."
         )
 
@@ -92,7 +92,7 @@ def check_count(values: Sequence[float], heads: int) -> None:
 def unpack(values: tuple[float, ...], heads: int) -> list[Thresholds]:
     """One `Thresholds` per query head; ValueError on a wrong count or a number out of range."""
     check_count(values, heads)
-    entries = [_entry(values[start : start + _FIELDS]) for start in range(0, len(values), _FIELDS)]
+    entries = [_entry(values[start : start + FIELDS]) for start in range(0, len(values), FIELDS)]
     return entries * heads if len(entries) == 1 else entries
 
 

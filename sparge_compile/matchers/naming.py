@@ -28,6 +28,19 @@ def module_name(node: fx.Node) -> str:
     return ".".join(part for part in parts if part) or class_name or type(root).__name__
 
 
+def owner(node: fx.Node) -> tuple[str, str]:
+    """(where a node's path starts, the qualified path from there): one pair for each module of a graph.
+
+    It starts at a local variable of the frame, by name, or else at what TorchDynamo wrote (`G['model']`); an empty
+    start is a frame that belongs to no module.
+    """
+    found = dynamo.module_path(node)
+    path = found[0] if found else ""
+    written = _ROOT.match(path)
+    start = written.group(0) if written and not path.startswith("L[") else dynamo.root_local(path)
+    return start or "", qualified(path)
+
+
 def _name_of(module: nn.Module | None) -> str:
     top = dynamo.compiled_module()
     if module is None or top is None:

@@ -250,6 +250,53 @@ def test_the_fused_attention_calls_of_torch_exist():
     assert callable(dynamo.FUSED_ENCODER_LAYER) and callable(dynamo.FUSED_MULTI_HEAD_ATTENTION)
 
 
+def test_code_traced_for_a_backend_is_told_from_code_that_runs_or_is_exported():
+    class Model(nn.Module):
+        def forward(self, x):
+            return x * (2 if dynamo.is_traced_for_a_backend() else 1)
+
+    model = Model()
+    assert torch.equal(model(X), X)
+    assert torch.equal(torch.compile(model, backend="eager")(X), X * 2), "torch.compiler.is_dynamo_compiling changed"
+    exported = torch.export.export(model, (X,), strict=True).module()
+    assert torch.equal(exported(X), X), "torch.compiler._is_exporting_flag moved"
+
+
+def test_a_module_in_a_local_variable_is_found_by_its_name_and_path():
+    model = nn.Sequential(Attention())
+
+    def look(gm):
+        path = dynamo.module_path(attention_node(gm))[0]
+        start = dynamo.root_local(path)
+        found = [dynamo.module_in_local(start, "0"), dynamo.module_in_local(start, "1")]
+        return found, dynamo.module_in_local("no_such_local", "0"), start
+
+    found, none, start = inside_a_compile(look, torch.randn(1, 4, 16), function=model)
+    assert found == [model[0], None] and none is None, f"output.local_scope changed, or the path of {start}"
+    assert inside_a_compile(lambda _: dynamo.root_local(None), torch.randn(1, 4, 16), function=model[0]) == "self"
+    assert dynamo.root_local(None) is None
+
+
+@pytest.mark.parametrize("name", ["self", ""], ids=["one-local", "every-local"])
+def test_a_guard_on_an_attribute_of_a_module_asks_each_module_that_comes(name):
+    answers = []
+
+    def backend(gm, _):
+        answers.append(dynamo.guard_on_attribute_of_local(name, "_sparge_test"))
+        return gm.forward
+
+    marked, plain = Attention(), Attention()
+    marked.__dict__["_sparge_test"] = "yes"
+    for model in (marked, plain):
+        model.compile(backend=backend)
+    x = torch.randn(1, 4, 16)
+    for _ in range(2):
+        marked(x), plain(x)
+    del marked.__dict__["_sparge_test"]
+    marked(x)
+    assert answers == [True, False], "LocalSource, NOT_PRESENT_IN_GENERIC_DICT or EQUALS_MATCH changed"
+
+
 def test_what_is_forbidden_in_graphs_is_an_error_there():
     def forbidden(x):
         return x + 1

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from attached_blocks import X, net, profile
 from light import EXACT_OPTIONS, Stack, qkv, run
 
 import sparge_compile as sparge
@@ -10,6 +11,7 @@ from sparge_compile import Policy
 from sparge_compile.rules import BREAK_EVEN
 from sparge_kernels import ops
 from sparge_kernels.cpu import KERNEL_VARIABLE
+from sparge_kernels.thresholds import pack
 
 triton = pytest.importorskip("sparge_kernels.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +42,22 @@ def test_a_model_compiled_with_the_backend_runs_them(gpu_kernels, mode):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
     assert len(gpu_kernels) == 2
     assert [site.rewritten for site in sparge.last_report().sites] == [True, True]
+
+
+def test_attached_blocks_hand_them_a_table_each(gpu_kernels):
+    model, x = net(2).to(DEVICE), X[:, :300].to(DEVICE)
+    own = profile(2)
+    policy = {"min_tokens": 0, "precision": "none"}
+    constants = Policy(**policy, profile=own)
+    with sparge.rewriting(constants):
+        expected = torch.compile(model, backend="sparge")(x)
+    assert all(isinstance(call["thresholds"], list) for call in gpu_kernels)
+    with sparge.attach(model, own), sparge.rewriting(**policy):
+        for block in model.blocks:
+            block.compile(backend="sparge", fullgraph=True)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    tables = [call["thresholds"] for call in gpu_kernels[2:]]
+    assert [table.flatten().tolist() for table in tables] == [pack(entries) for entries in own.sites.values()]
 
 
 @pytest.mark.parametrize("precision", ["int8", "none"])

@@ -60,6 +60,29 @@ def test_no_call_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_table_of_thresholds_is_not_read_back_and_may_change_between_replays():
+    q, k, v = qkv(2000)
+    entries = [Thresholds((h + 1) / 5, 1.0, -1.0, None) for h in range(4)]
+    operator = torch.ops.sparge.attention.default
+    constants = [operator(q, k, v, thresholds=pack(order)) for order in (entries, entries[::-1])]
+    tables = [torch.tensor(pack(order), dtype=torch.float64).view(4, 4).cuda() for order in (entries, entries[::-1])]
+    table = tables[0].clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = operator(q, k, v, None, table)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(output, constants[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = operator(q, k, v, None, table)
+    for numbers, expected in zip(tables, constants, strict=True):
+        table.copy_(numbers)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output, expected)
+
+
 def test_calls_run_on_the_current_stream():
     q, k, v = qkv(1500)
     expected = call(q, k, v)

@@ -43,7 +43,7 @@ class Prepared:
     mask_tiles: MaskTiles | None
     selection: Selection
     thresholds: Tensor  # fp64 [Hq, 4]
-    skips: bool  # some head has stage 2
+    skips: bool  # some head has stage 2, or may have
     is_causal: bool
     scale: float
     quantized: bool
@@ -85,7 +85,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    thresholds: Sequence[Thresholds],
+    thresholds: Sequence[Thresholds] | Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
@@ -96,8 +96,9 @@ def attention(
 ) -> tuple[Tensor, Tensor] | None:
     """Writes the attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D / Dv] to out [B, Hq, Sq, Dv].
 
-    One threshold entry per query head; any strides; no empty tensors; at most `MAX_KEYS` keys. Query head h reads kv
-    head h // (Hq // Hkv). lse: fp32 [B, Hq, Sq], contiguous, receives ln of the sum of exp(score) over computed keys.
+    thresholds: one entry per query head, or a table on q's device: fp64 [1 or Hq, 4], as thresholds.pack gives them.
+    Any strides; no empty tensors; at most `MAX_KEYS` keys. Query head h reads kv head h // (Hq // Hkv).
+    lse: fp32 [B, Hq, Sq], contiguous, receives ln of the sum of exp(score) over computed keys.
     Returns density and pv_skipped, fp32 [B, Hq], if `with_statistics`: a dozen small kernels more.
     """
     with _current(q.device):
@@ -120,7 +121,7 @@ def prepare(
     k: Tensor,
     v: Tensor,
     *,
-    thresholds: Sequence[Thresholds],
+    thresholds: Sequence[Thresholds] | Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
@@ -130,7 +131,7 @@ def prepare(
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
     q_len, k_len, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     quantized = precision == "int8"
-    numbers = thresholds_on(q.device, thresholds)
+    numbers = thresholds_on(q.device, thresholds, q.shape[1])
     keys = prepare_keys(k, v, is_causal=is_causal, quantized=quantized)
     queries = prepare_queries(q, keys.centre, group, sign=-1 if scale < 0 else 1)
     mask_tiles = None if attn_mask is None else classify_mask(attn_mask, q_len, k_len)
@@ -144,7 +145,8 @@ def prepare(
         q_len=q_len,
         k_len=k_len,
     )
-    skips = any(entry.skip_below(k_len) > NEVER_SKIP for entry in thresholds)
+    # A table's numbers are on the device: reading them would wait for it.
+    skips = isinstance(thresholds, Tensor) or any(entry.skip_below(k_len) > NEVER_SKIP for entry in thresholds)
     return Prepared(
         q, k, v, attn_mask, queries, keys, mask_tiles, selection, numbers, skips, is_causal, scale, quantized
     )

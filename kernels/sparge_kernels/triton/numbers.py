@@ -13,16 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparge_kernels.thresholds import Thresholds, pack
+from sparge_kernels.thresholds import FIELDS, Thresholds, pack
 from sparge_kernels.triton import launch
 
 _HEADS_A_LAUNCH = 16
 
 
-def thresholds_on(device: torch.device, thresholds: Sequence[Thresholds]) -> Tensor:
-    """fp64 [Hq, 4] on the device, as thresholds.pack gives them; one entry per query head."""
-    heads = len(thresholds)
-    out = torch.empty(heads, 4, dtype=torch.float64, device=device)
+def thresholds_on(device: torch.device, thresholds: Sequence[Thresholds] | Tensor, heads: int) -> Tensor:
+    """fp64 [heads, 4] on the device, as thresholds.pack gives them.
+
+    thresholds: one entry per query head, or a table that is on the device: fp64 [1 or heads, 4].
+    """
+    if isinstance(thresholds, Tensor):
+        return thresholds.expand(heads, FIELDS).contiguous()
+    out = torch.empty(heads, FIELDS, dtype=torch.float64, device=device)
     shared = all(entry == thresholds[0] for entry in thresholds)
     step = 1 if shared else _HEADS_A_LAUNCH
     for first in range(0, 1 if shared else heads, step):
