@@ -68,7 +68,8 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
         context.guard_on_policy_in_force(base)
         _warn_before_recompile_limit()
     outcomes = list(zip(sites, _decide_all(gm, sites, policy, markers), strict=True))
-    reports = [describe(site, outcome) for site, outcome in outcomes]
+    variant = _variant()
+    reports = [describe(site, outcome, variant) for site, outcome in outcomes]
     _check_strict(policy, reports)
     rewrite(gm, [outcome for _, outcome in outcomes if isinstance(outcome, Decision)])
     _announce(policy, reports)
@@ -129,10 +130,16 @@ def _announce(policy: Policy, reports: Sequence[SiteReport]) -> None:
         )
 
 
+def _variant() -> int | None:
+    """Which variant of its code object is being compiled, from 1."""
+    code = dynamo.code_being_compiled()
+    return None if code is None else dynamo.variants_compiled(code) + 1
+
+
 def _warn_before_recompile_limit() -> None:
     """Past its recompile limit TorchDynamo runs the model eagerly and silently; say so one variant earlier."""
     code = dynamo.code_being_compiled()
-    if code is None or dynamo.variants_compiled(code) + 1 != dynamo.recompile_limit():
+    if code is None or _variant() != dynamo.recompile_limit():
         return
     warnings.warn(
         f"sparge: this is variant {dynamo.recompile_limit()} of {code.co_name} ({code.co_filename}:"

@@ -131,4 +131,4 @@ def with_table(decision: Decision, table: fx.Node) -> Decision | Refusal:
     entries, heads = dynamo.specialize(numbers.shape[0]), dynamo.specialize(query.shape[1])
     if entries not in (1, heads):
         return Refusal(f"the attached profile has {entries} heads for this site, the call has {heads}")
-    return replace(decision, thresholds=(), table=table, source=ATTACHED_SOURCE)
+    return replace(decision, thresholds=(), table=table, source=ATTACHED_SOURCE, expected_density=None)

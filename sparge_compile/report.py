@@ -32,8 +32,14 @@ class SiteReport:
         pattern: `sdpa`, `mha`, `softmax`, `opaque`, `not_attention`.
         source: `file:line` in user code.
         requested: dense because the user asked for it.
-        threshold_source: where the thresholds came from: `policy`, `profile` or `attached profile`; None if dense. What
-            is attached may change from call to call: `thresholds` then holds what `explain`'s run used, else nothing.
+        threshold_source: who set the thresholds: `rule NAME` (rules.py), `policy`, `profile` or `attached profile`;
+            None if dense. What is attached may change from call to call: `thresholds` then holds what `explain` ran with,
+            else nothing.
+        predictor: the one the thresholds belong to; None if dense.
+        bucket: the lengths this variant was compiled for, as `1024 or more`; `at run time` where the operator decides.
+        expected_density: what a profile measured, or `topk`; None where only a run can tell.
+        variant: how many variants of the call's code torch had compiled with this one; it keeps
+            torch.compiler.config.recompile_limit of them.
         density: share of the visible tiles that were computed, from `explain`'s run; None if not measured.
         pv_skipped: share of the computed tiles whose P V product was skipped; None if not measured.
     """
@@ -54,6 +60,10 @@ class SiteReport:
     density: float | None = None
     pv_skipped: float | None = None
     threshold_source: str | None = None
+    predictor: str | None = None
+    bucket: str | None = None
+    expected_density: float | None = None
+    variant: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +92,10 @@ class Report:
         if self.sites:
             lines += _table([_HEADER, *(_row(site) for site in self.sites)])
         lines += [f"{site.name}: {site.reason}" for site in self.dense]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *_recompiles(self.sites), *self.notes])
 
 
-_HEADER = ("site", "rewritten", "queries x keys", "heads x dim", "dtype", "causal", "density", "pattern")
+_HEADER = ("site", "rewritten", "queries x keys", "heads x dim", "dtype", "causal", "thresholds", "density", "pattern")
 
 
 def _row(site: SiteReport) -> tuple[str, ...]:
@@ -96,9 +106,28 @@ def _row(site: SiteReport) -> tuple[str, ...]:
         f"{_shown(site.heads)} x {_shown(site.head_dim)}",
         _shown(site.dtype),
         "-" if site.is_causal is None else ("yes" if site.is_causal else "no"),
-        "-" if site.density is None else f"{site.density:.3f}",
+        _shown(site.threshold_source),
+        _density(site),
         site.pattern,
     )
+
+
+def _density(site: SiteReport) -> str:
+    """What a run measured, else what is expected of it."""
+    if site.density is not None:
+        return f"{site.density:.3f}"
+    return "-" if site.expected_density is None else f"~{site.expected_density:.3f}"
+
+
+def _recompiles(sites: Sequence[SiteReport]) -> list[str]:
+    """A line for each number of variants beyond the first."""
+    numbers = sorted({site.variant for site in sites if site.variant is not None and site.variant > 1})
+    limit = dynamo.recompile_limit()
+    return [
+        f"compiled {number} times (torch keeps {limit} variants, then runs eagerly): "
+        + ", ".join(site.name for site in sites if site.variant == number)
+        for number in numbers
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -110,14 +139,15 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def describe(site: AttentionSite, outcome: Decision | Refusal) -> SiteReport:
-    """The report line of one decided site."""
+def describe(site: AttentionSite, outcome: Decision | Refusal, variant: int | None = None) -> SiteReport:
+    """The report line of one decided site; `variant`: as in `SiteReport`."""
     sizes = _sizes(site)
     output = dynamo.example(site.node)
     common = {
         "name": site.name,
         "pattern": site.pattern,
         "source": site.source,
+        "variant": variant,
         "dtype": str(output.dtype).removeprefix("torch.") if isinstance(output, torch.Tensor) else None,
         **sizes,
     }
@@ -133,6 +163,9 @@ def describe(site: AttentionSite, outcome: Decision | Refusal) -> SiteReport:
         is_causal=outcome.claim.is_causal,
         thresholds=thresholds,
         threshold_source=outcome.source,
+        predictor=outcome.predictor,
+        bucket=outcome.bucket,
+        expected_density=outcome.expected_density,
         **common,
     )
 

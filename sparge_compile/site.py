@@ -75,6 +75,8 @@ class Decision:
         thresholds: one entry for all heads or one per query head; empty with a table.
         predictor: the one the thresholds belong to.
         source: who set them: `policy`, `rule NAME`, `profile` or `attached profile`.
+        expected_density: share of the visible tiles that will be computed, where something is known of it.
+        bucket: the lengths the decision holds for, in words.
         min_tokens: below this many queries or keys the operator itself runs dense; 0 where a shape guard decides.
         table: int64 [1 or query heads, 4], an input of the graph that holds the bits of fp64 thresholds; or None.
     """
@@ -83,6 +85,8 @@ class Decision:
     thresholds: tuple[Thresholds, ...]
     predictor: str
     source: str
+    expected_density: float | None = None
+    bucket: str = ""
     min_tokens: int = 0
     table: fx.Node | None = None
 

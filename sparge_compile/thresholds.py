@@ -40,7 +40,15 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     heads, entries = query.shape[1], len(choice.thresholds)
     if entries > 1 and not dynamo.known(heads == entries):
         return Refusal(f"the profile has {entries} heads for this site, the call has {heads}")
-    return Decision(claim, choice.thresholds, choice.predictor, choice.source, minimum if long_enough is None else 0)
+    return Decision(
+        claim,
+        choice.thresholds,
+        choice.predictor,
+        choice.source,
+        choice.expected_density,
+        bucket=f"{minimum} or more" if long_enough else f"{minimum} or more, at run time",
+        min_tokens=0 if long_enough else minimum,
+    )
 
 
 def min_tokens(policy: Policy, device: torch.device, precision: str) -> int:
@@ -55,6 +63,7 @@ class Choice:
     thresholds: tuple[Thresholds, ...]
     predictor: str
     source: str
+    expected_density: float | None = None
 
 
 def from_policy(policy: Policy, is_causal: bool) -> Choice:
@@ -67,7 +76,7 @@ def from_policy(policy: Policy, is_causal: bool) -> Choice:
         own.similarity if policy.similarity_threshold is None else policy.similarity_threshold,
         own.pv if policy.pv_threshold is None else policy.pv_threshold,
     )
-    return Choice((entry,), rule.predictor, f"rule {rule.name}" if entry == own else "policy")
+    return Choice((entry,), rule.predictor, f"rule {rule.name}" if entry == own else "policy", policy.topk)
 
 
 def _choose(claim: Claim, policy: Policy) -> Choice:
