@@ -33,8 +33,8 @@ class SiteReport:
         source: `file:line` in user code.
         requested: dense because the user asked for it.
         threshold_source: who set the thresholds: `rule NAME` (rules.py), `policy`, `profile` or `attached profile`;
-            None if dense. What is attached may change from call to call: `thresholds` then holds what `explain` ran with,
-            else nothing.
+            None if dense. What is attached may change from call to call; `thresholds` then holds what `explain` ran
+            with, else nothing.
         predictor: the one the thresholds belong to; None if dense.
         bucket: the lengths this variant was compiled for, as `1024 or more`; `at run time` where the operator decides.
         expected_density: what a profile measured, or `topk`; None where only a run can tell.
