@@ -27,6 +27,9 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     refusal = _check_sizes(query, key, value)
     if refusal is not None:
         return refusal
+    kept_dense = policy.profile.dense_reason(claim.site.name) if policy.profile is not None else None
+    if kept_dense is not None:
+        return Refusal(f"the profile keeps it dense ({kept_dense})", requested=True)
     minimum = min_tokens(policy, query.device, claim.precision)
     long_enough = _reaches(query.shape[2], key.shape[2], minimum)
     if long_enough is False:
@@ -59,8 +62,9 @@ def from_policy(policy: Policy) -> Thresholds:
 
 
 def _thresholds(claim: Claim, policy: Policy) -> tuple[Thresholds, ...]:
-    if policy.profile is not None and claim.site.name in policy.profile.sites:
-        return tuple(policy.profile.sites[claim.site.name])
+    known = policy.profile.thresholds_of(claim.site.name) if policy.profile is not None else None
+    if known is not None:
+        return known
     return (from_policy(policy),)
 
 
