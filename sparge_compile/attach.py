@@ -55,7 +55,8 @@ def attach(model: nn.Module, profile: Profile | str | os.PathLike[str]) -> Attac
     target = dynamo.uncompiled(model)[0]
     if not isinstance(target, nn.Module):
         raise TypeError(f"attach({model!r}): takes the nn.Module that the profile was made from.")
-    plan = _plan(target, _loaded(profile))
+    loaded = _loaded(profile)
+    plan = _plan(target, loaded)
     for module, calls in plan.items():
         _check_free(module, calls)
     tables = {
@@ -66,7 +67,7 @@ def attach(model: nn.Module, profile: Profile | str | os.PathLike[str]) -> Attac
     for (module, name), table in tables.items():
         module.register_buffer(name, table, persistent=False)
     for module in plan:
-        _put_forward(module)
+        _put_forward(module, loaded.predictor)
     return Attachment(target, plan)
 
 
@@ -89,7 +90,8 @@ class Attachment:
             ProfileError: it names other sites than the attached profile, or another number of heads for one of them.
             RuntimeError: nothing is attached any more.
         """
-        plan = _plan(self._model, _loaded(profile))
+        loaded = _loaded(profile)
+        plan = _plan(self._model, loaded)
         old = {(module, name): table for module in self._modules for name, table in _tables(module).items()}
         new = {
             (module, f"{PREFIX}{call}"): _table(entries, torch.device("cpu"))
@@ -98,6 +100,8 @@ class Attachment:
         }
         if not old:
             raise RuntimeError("nothing is attached any more; attach the profile instead.")
+        if {vars(module)[STATE] for module in self._modules} != {loaded.predictor}:
+            raise ProfileError("the profile is for another predictor than the one attached; detach that one first.")
         if {key: table.shape for key, table in old.items()} != {key: table.shape for key, table in new.items()}:
             raise ProfileError(
                 "the profile names other sites, or other numbers of heads, than the one attached; detach that one and "
@@ -141,10 +145,11 @@ def _loaded(profile: Any) -> Profile:
 
 def _plan(model: nn.Module, profile: Profile) -> _Plan:
     """Each module with the entries of its calls; checks everything, changes nothing."""
+    profile.check_model(model)
     plan: _Plan = {}
     names: dict[nn.Module, str] = {}
     missing = []
-    for site, entries in profile.sites.items():
+    for site, entries in {**profile.sites, **dict.fromkeys(profile.dense, ())}.items():
         base, call = _split(site)
         module = _module(model, base)
         if module is None:
@@ -152,7 +157,8 @@ def _plan(model: nn.Module, profile: Profile) -> _Plan:
             continue
         if names.setdefault(module, base) != base:
             raise ProfileError(f"the profile names one module twice, as {names[module]!r} and {base!r}.")
-        if not entries or not all(isinstance(entry, Thresholds) for entry in entries):
+        entries_wanted = site not in profile.dense
+        if bool(entries) != entries_wanted or not all(isinstance(entry, Thresholds) for entry in entries):
             raise ProfileError(f"the profile's site {site!r} must hold one Thresholds, or one for each query head.")
         plan.setdefault(module, {})[call] = tuple(entries)
     if missing:
@@ -213,7 +219,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if dynamo.is_traced_for_a_backend():
         for name, table in self._buffers.items():
             if name.startswith(PREFIX):
-                mark(table, int(name[len(PREFIX) :]))
+                mark(table, int(name[len(PREFIX) :]), self._sparge_attached)  # `STATE`
     replaced: Any = self._sparge_forward  # `_REPLACED`
     if replaced is not None:
         return replaced(*args, **kwargs)
@@ -232,9 +238,9 @@ def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
     return _FORWARDS[cls]
 
 
-def _put_forward(module: nn.Module) -> None:
+def _put_forward(module: nn.Module, predictor: str) -> None:
     own = vars(module)
-    own[STATE] = "attached"
+    own[STATE] = predictor
     if _REPLACED not in own:  # else ours is still there, under a forward that was put on it before `detach`
         own[_REPLACED] = own.get("forward")
         own["forward"] = types.MethodType(_forward_of(type(module)), module)

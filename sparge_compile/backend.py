@@ -42,6 +42,7 @@ def sparge(
         ValueError, TypeError: an unknown `sparge.` key, or a policy value out of range.
         RuntimeError: an option or mode that Inductor does not know.
         StrictPolicyError: the policy is strict and an attention call cannot be rewritten.
+        ProfileError: the policy's profile was made for another model.
     """
     base, inductor_options = split_options(options)
     reports = transform(gm, base)
@@ -59,21 +60,43 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
         base: the policy of the compile, before the contexts around it.
     """
     markers = take_markers(gm)
-    sites = find_sites(gm)
-    if not sites:
+    policy, outcomes = decide_sites(gm, base, markers)
+    if not outcomes:
         log.debug("no attention call in a graph of %d nodes", len(gm.graph.nodes))
         return []
-    policy = context.in_force(base)
-    if dynamo.is_compiling_frame():
-        context.guard_on_policy_in_force(base)
-        _warn_before_recompile_limit()
-    outcomes = list(zip(sites, _decide_all(gm, sites, policy, markers), strict=True))
     variant = _variant()
     reports = [describe(site, outcome, variant) for site, outcome in outcomes]
     _check_strict(policy, reports)
     rewrite(gm, [outcome for _, outcome in outcomes if isinstance(outcome, Decision)])
     _announce(policy, reports)
     return reports
+
+
+def decide_sites(
+    gm: fx.GraphModule, base: Policy, markers: Sequence[Marker] = ()
+) -> tuple[Policy, list[tuple[AttentionSite, Decision | Refusal]]]:
+    """(the policy in force, each attention call of `gm` and what is decided about it). Edits nothing.
+
+    A graph with attention is guarded on the policy and on what the decisions depend on.
+
+    Raises:
+        ProfileError: the policy's profile was made for another model than the one being compiled.
+    """
+    sites = find_sites(gm)
+    policy = context.in_force(base)
+    if not sites:
+        return policy, []
+    if dynamo.is_compiling_frame():
+        context.guard_on_policy_in_force(base)
+        _warn_before_recompile_limit()
+        _check_profile(policy)
+    return policy, list(zip(sites, _decide_all(gm, sites, policy, markers), strict=True))
+
+
+def _check_profile(policy: Policy) -> None:
+    module = dynamo.compiled_module()
+    if policy.enabled and policy.profile is not None and module is not None:
+        policy.profile.check_model(module)
 
 
 def _decide_all(
@@ -93,7 +116,7 @@ def _decide_all(
 
 
 def _decide(
-    site: AttentionSite, policy: Policy, written: set[fx.Node], table: fx.Node | Refusal | None
+    site: AttentionSite, policy: Policy, written: set[fx.Node], table: Marker | Refusal | None
 ) -> Decision | Refusal:
     claimed = claim(site, policy, written)
     if not isinstance(claimed, Claim):

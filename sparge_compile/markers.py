@@ -23,13 +23,15 @@ ATTACHED_SOURCE = "attached profile"
 PREFIX = "_sparge_thresholds_"
 """Of the buffers: int64 [entries, 4], the bits of fp64 numbers, so that no cast of the model changes them."""
 STATE = "_sparge_attached"
-"""Attribute of an attached module. Guards ask for it where a call is traced apart from its module's forward."""
+"""Attribute of an attached module: the predictor of its thresholds. Guards ask for it where a call is traced apart from
+its module's forward.
+"""
 
 _OPERATOR = "sparge::mark_thresholds"
-torch.library.define(_OPERATOR, "(Tensor table, int call) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.define(_OPERATOR, "(Tensor table, int call, str predictor) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _do_nothing(table: Tensor, call: int) -> None:
+def _do_nothing(table: Tensor, call: int, predictor: str) -> None:
     return None
 
 
@@ -45,12 +47,14 @@ class Marker:
     Attributes:
         owner: the module it belongs to (`naming.owner`).
         call: which attention call of the module: 1, 2, ...; 0 for its only one.
-        table: int64 [entries, 4].
+        table: int64 [entries, 4]; no entries: the profile keeps the call dense.
+        predictor: the one the thresholds belong to.
     """
 
     owner: tuple[str, str]
     call: int
     table: fx.Node
+    predictor: str
 
 
 def take_markers(gm: fx.GraphModule) -> list[Marker]:
@@ -61,28 +65,28 @@ def take_markers(gm: fx.GraphModule) -> list[Marker]:
             continue
         nodes = [node for node in module.graph.nodes if node.op == "call_function" and node.target is mark]
         for node in nodes:
-            table, call = node.args
+            table, call, predictor = node.args
             if module is gm:
-                taken.append(Marker(owner(node), call, table))
+                taken.append(Marker(owner(node), call, table, predictor))
             module.graph.erase_node(node)
         if nodes:
             module.recompile()
     return taken
 
 
-def tables_of(sites: Sequence[AttentionSite], markers: Sequence[Marker]) -> dict[fx.Node, fx.Node | Refusal]:
+def tables_of(sites: Sequence[AttentionSite], markers: Sequence[Marker]) -> dict[fx.Node, Marker | Refusal]:
     """The attached table of each site that has one, by the site's node; a `Refusal` where it is unclear which.
 
     A call whose module is attached never falls back to the policy's thresholds in silence. Where a call is traced
     apart from its module's forward (after a graph break), the graph is guarded on whether the module is attached.
     """
-    by_owner: dict[tuple[str, str], dict[int, fx.Node]] = defaultdict(dict)
+    by_owner: dict[tuple[str, str], dict[int, Marker]] = defaultdict(dict)
     for marker in markers:
-        by_owner[marker.owner][marker.call] = marker.table
+        by_owner[marker.owner][marker.call] = marker
     calls = defaultdict(list)
     for site in sites:
         calls[owner(site.node)].append(site)
-    found: dict[fx.Node, fx.Node | Refusal] = {}
+    found: dict[fx.Node, Marker | Refusal] = {}
     for place, of_module in calls.items():
         if place in by_owner:
             found.update(_tables_of_module(of_module, by_owner[place]))
@@ -109,7 +113,7 @@ def _is_attached(start: str, path: str) -> bool:
     return module is not None and STATE in vars(module)
 
 
-def _tables_of_module(sites: Sequence[AttentionSite], tables: dict[int, fx.Node]) -> dict[fx.Node, fx.Node | Refusal]:
+def _tables_of_module(sites: Sequence[AttentionSite], tables: dict[int, Marker]) -> dict[fx.Node, Marker | Refusal]:
     numbers = [0] if len(sites) == 1 else list(range(1, len(sites) + 1))  # as the names of its calls end
     if not set(tables) <= set(numbers):
         named = "its only call" if 0 in tables else f"call {max(tables)} of it"
@@ -118,9 +122,9 @@ def _tables_of_module(sites: Sequence[AttentionSite], tables: dict[int, fx.Node]
     return {site.node: tables[number] for number, site in zip(numbers, sites, strict=True) if number in tables}
 
 
-def with_table(decision: Decision, table: fx.Node) -> Decision | Refusal:
+def with_table(decision: Decision, marker: Marker) -> Decision | Refusal:
     """The decision with an attached table in place of its thresholds; refuses a table that does not fit the call."""
-    query, numbers = (dynamo.example(node) for node in (decision.claim.query, table))
+    query, numbers = (dynamo.example(node) for node in (decision.claim.query, marker.table))
     if numbers.dtype != torch.int64 or numbers.dim() != 2 or not dynamo.known(numbers.shape[1] == FIELDS):
         return Refusal(
             f"the attached thresholds were changed to {numbers.dtype} {list(numbers.shape)} (by model.type(...)?); "
@@ -129,6 +133,15 @@ def with_table(decision: Decision, table: fx.Node) -> Decision | Refusal:
     if numbers.device != query.device:
         return Refusal(f"the attached thresholds are on {numbers.device}, the call on {query.device}; move the module")
     entries, heads = dynamo.specialize(numbers.shape[0]), dynamo.specialize(query.shape[1])
+    if entries == 0:
+        return Refusal("the attached profile keeps it dense", requested=True)
     if entries not in (1, heads):
         return Refusal(f"the attached profile has {entries} heads for this site, the call has {heads}")
-    return replace(decision, thresholds=(), table=table, source=ATTACHED_SOURCE, expected_density=None)
+    return replace(
+        decision,
+        thresholds=(),
+        table=marker.table,
+        predictor=marker.predictor,
+        source=ATTACHED_SOURCE,
+        expected_density=None,
+    )

@@ -6,33 +6,57 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
+from torch import nn
 
-FORMAT_VERSION = 1
-_ENTRY_KEYS = ("topk", "cdf_threshold", "similarity_threshold", "pv_threshold")
+from sparge_compile import profile_format, profile_merge, profile_model, profile_view
+from sparge_compile.profile_data import Measurement, ModelFacts, Origin, ProfileError
+from sparge_kernels.thresholds import DEFAULT_PREDICTOR, K_TILE, PREDICTORS, Q_TILE, Thresholds
 
-
-class ProfileError(ValueError):
-    """A profile that is missing, unreadable, or made for something else."""
+__all__ = ["Measurement", "ModelFacts", "Origin", "Profile", "ProfileError", "write_whole"]
 
 
 @dataclass(frozen=True)
 class Profile:
     """Thresholds per site: one entry for all heads, or one for each query head.
 
+    `calibrate` makes one; by hand, `Profile({"blocks.0.attn": (Thresholds(...),)})` is enough.
+
     Attributes:
         sites: site name -> its thresholds, a tuple of length 1 or of the number of query heads.
         q_tile, k_tile: the tile geometry the thresholds were found for, in tokens.
+        predictor: stage 1's, which the thresholds are for: "clusters" or "sparge".
+        measured: site name -> what was measured under these thresholds, one entry for each in `sites`.
+        dense: site name -> why it stays dense under this profile.
+        not_calibrated: site name -> why the profile says nothing about it; the policy decides there.
+        origin: the model, device, versions and bounds; empty if made by hand, and then nothing is checked.
     """
 
     sites: Mapping[str, tuple[Thresholds, ...]] = field(default_factory=dict)
     q_tile: int = Q_TILE
     k_tile: int = K_TILE
+    predictor: str = DEFAULT_PREDICTOR
+    measured: Mapping[str, tuple[Measurement, ...]] = field(default_factory=dict)
+    dense: Mapping[str, str] = field(default_factory=dict)
+    not_calibrated: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
+
+    def __post_init__(self) -> None:
+        if self.predictor not in PREDICTORS:
+            raise ProfileError(f"predictor={self.predictor!r}: must be one of {', '.join(PREDICTORS)}.")
+        both = sorted(set(self.sites) & set(self.dense))
+        if both:
+            raise ProfileError(f"site {both[0]!r} has thresholds and is dense; a site may be in one of them only.")
+        for name, measured in self.measured.items():
+            if len(measured) != len(self.sites.get(name, ())):
+                raise ProfileError(
+                    f"site {name!r}: {len(measured)} measurements for {len(self.sites.get(name, ()))} entries; "
+                    "there must be one for each."
+                )
 
     @property
     def digest(self) -> str:
@@ -42,15 +66,79 @@ class Profile:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __str__(self) -> str:
+        return profile_view.table(self)
+
+    def thresholds_of(self, site: str) -> tuple[Thresholds, ...] | None:
+        """One entry for all heads of the site or one per query head; None if the profile has none for it."""
+        entries = self.sites.get(site)
+        return None if entries is None else tuple(entries)
+
+    def dense_reason(self, site: str) -> str | None:
+        """Why the site stays dense under this profile; None if it does not."""
+        return self.dense.get(site)
+
+    def check_model(self, module: nn.Module) -> None:
+        """Warns, once, if the module is on another device than the profile was made on.
+
+        Raises:
+            ProfileError: the module is of another class, or its parameters have other names or shapes.
+        """
+        profile_model.check_model(self.origin, module)
+
+    def merge(self, *others: Profile) -> Profile:
+        """This profile and others of the same model, tile geometry and predictor, for example of two devices.
+
+        Sites of any of them; where several know a head, the more careful thresholds (`profile_merge.more_careful`) and
+        the worse measurement. A site dense in one is dense.
+
+        Raises:
+            ProfileError: they are of different models, geometries or predictors, or their heads do not fit.
+        """
+        merged = self
+        for other in others:
+            merged = merged._merged(other)
+        return merged
+
+    def _merged(self, other: Profile) -> Profile:
+        for what in ("q_tile", "k_tile", "predictor"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise ProfileError(f"cannot merge profiles with {what} {mine!r} and {theirs!r}; it must be the same.")
+        origin = profile_merge.merge_origins(self.origin, other.origin)
+        dense = {**other.dense, **self.dense}
+        sites = {name: one for name, one in {**other.sites, **self.sites}.items() if name not in dense}
+        measured = {name: one for name, one in {**other.measured, **self.measured}.items() if name in sites}
+        for name in sorted(set(self.sites) & set(other.sites) & set(sites)):
+            sites[name], found = self._merged_site(other, name)
+            measured.pop(name, None)
+            if found is not None:
+                measured[name] = found
+        reasons = {**other.not_calibrated, **self.not_calibrated}
+        unknown = {name: reason for name, reason in reasons.items() if name not in sites and name not in dense}
+        return Profile(sites, self.q_tile, self.k_tile, self.predictor, measured, dense, unknown, origin)
+
+    def _merged_site(self, other: Profile, name: str) -> tuple[tuple[Thresholds, ...], tuple[Measurement, ...] | None]:
+        entries = profile_merge.paired(name, self.sites[name], other.sites[name])
+        mine, theirs = self.measured.get(name), other.measured.get(name)
+        if mine is None or theirs is None:
+            return tuple(profile_merge.more_careful(name, *pair, None, None) for pair in entries), None
+        found = profile_merge.paired(name, mine, theirs)
+        thresholds = tuple(profile_merge.more_careful(name, *e, *m) for e, m in zip(entries, found, strict=True))
+        return thresholds, tuple(profile_merge.worse(*pair) for pair in found)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """A matplotlib figure of the density and error of every site and head; saved to `path` if given.
+
+        Raises:
+            ImportError: matplotlib is not installed (`pip install 'sparge-compile[plot]'`).
+            ValueError: nothing in the profile was measured.
+        """
+        return profile_view.plot(self, path)
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON to a temporary file beside `path`, then renames it: nothing half-written is ever seen."""
-        target = Path(path)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            temporary.write_text(self._text(), encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Writes JSON, one head a line. Nothing half-written is ever seen at `path`."""
+        write_whole(path, self._text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -58,7 +146,7 @@ class Profile:
 
         Raises:
             ProfileError: the file is missing, is not JSON, has another format version or another tile geometry,
-                or holds a threshold out of range.
+                or holds a number out of range.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -71,56 +159,25 @@ class Profile:
                 f"profile {os.fspath(path)!r} is not valid JSON ({error}). Write it again with Profile.save()."
             ) from error
         try:
-            return cls._parse(content)
+            return cls(**profile_format.read(content))
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"profile {os.fspath(path)!r}: {_plain(error)}") from error
 
-    @classmethod
-    def _parse(cls, content: Any) -> Profile:
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a JSON object, found {type(content).__name__}.")
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version is {version!r}; this release reads {FORMAT_VERSION}.")
-        q_tile, k_tile = content["q_tile"], content["k_tile"]
-        if (q_tile, k_tile) != (Q_TILE, K_TILE):
-            raise ValueError(
-                f"made for tiles of {q_tile} x {k_tile} tokens; the kernels use {Q_TILE} x {K_TILE}, "
-                "and thresholds are tied to the tile geometry."
-            )
-        if not isinstance(content["sites"], dict):
-            raise ValueError("'sites' must be an object of site name -> list of thresholds.")
-        return cls({name: _entries(name, heads) for name, heads in content["sites"].items()}, q_tile, k_tile)
-
     def _text(self) -> str:
-        sites = {
-            name: [dict(zip(_ENTRY_KEYS, (t.topk, t.cdf, t.similarity, t.pv), strict=True)) for t in entries]
-            for name, entries in sorted(self.sites.items())
-        }
-        content = {
-            "format_version": FORMAT_VERSION,
-            "q_tile": self.q_tile,
-            "k_tile": self.k_tile,
-            "sites": sites,
-        }
-        return json.dumps(content, indent=1) + "\n"
+        reasons = {"dense": self.dense, "not_calibrated": self.not_calibrated}
+        tiles = (self.q_tile, self.k_tile)
+        return profile_format.write(self.sites, self.measured, reasons, self.predictor, tiles, self.origin)
 
 
-def _entries(site: str, heads: Any) -> tuple[Thresholds, ...]:
-    if not isinstance(heads, list) or not heads:
-        raise ValueError(f"site {site!r} must hold a non-empty list, one object of thresholds per head.")
-    entries = []
-    for number, head in enumerate(heads):
-        if not isinstance(head, dict) or set(head) != set(_ENTRY_KEYS):
-            raise ValueError(f"site {site!r}, head {number}: must hold exactly {', '.join(_ENTRY_KEYS)}.")
-        wrong = [key for key, value in head.items() if value is not None and type(value) not in (int, float)]
-        if wrong:
-            raise ValueError(f"site {site!r}, head {number}: {wrong[0]}={head[wrong[0]]!r} is not a number.")
-        try:
-            entries.append(Thresholds(*(head[key] for key in _ENTRY_KEYS)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"site {site!r}, head {number}: {error}") from error
-    return tuple(entries)
+def write_whole(path: str | os.PathLike[str], text: Callable[[], str]) -> None:
+    """Writes `text()` to a temporary file beside `path`, then renames it: nothing half-written is ever seen."""
+    target = Path(path)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        temporary.write_text(text(), encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _plain(error: Exception) -> str:

@@ -25,6 +25,9 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     refusal = _check_sizes(query, key, value)
     if refusal is not None:
         return refusal
+    kept_dense = policy.profile.dense_reason(claim.site.name) if policy.profile is not None else None
+    if kept_dense is not None:
+        return Refusal(f"the profile keeps it dense ({kept_dense})", requested=True)
     minimum = min_tokens(policy, query.device, claim.precision)
     long_enough = _reaches(query.shape[2], key.shape[2], minimum)
     if long_enough is False:
@@ -80,14 +83,13 @@ def from_policy(policy: Policy, is_causal: bool) -> Choice:
 
 
 def _choose(claim: Claim, policy: Policy) -> Choice:
-    profile = policy.profile
-    if profile is not None and claim.site.name in profile.sites:
-        return Choice(
-            tuple(profile.sites[claim.site.name]),
-            policy.predictor if policy.predictor != "auto" else "clusters",
-            "profile",
-        )
-    return from_policy(policy, claim.is_causal)
+    profile, site = policy.profile, claim.site.name
+    known = None if profile is None else profile.thresholds_of(site)
+    if profile is None or known is None:
+        return from_policy(policy, claim.is_causal)
+    measured = [one.density for one in profile.measured.get(site, ())]
+    expected = sum(measured) / len(measured) if measured else None
+    return Choice(known, profile.predictor, "profile", expected)
 
 
 def _reaches(q_len: Size, k_len: Size, minimum: int) -> bool | None:

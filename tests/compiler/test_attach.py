@@ -233,3 +233,34 @@ def test_refused_sites_have_no_source_and_plain_ones_the_policys():
     assert {site.threshold_source for site in backend.sites} == {"policy"}
     report = sparge.explain(net(1), X, policy=Policy(min_tokens=10_000))
     assert report.sites[0].threshold_source is None
+
+
+@pytest.mark.parametrize("predictor", ["clusters", "sparge"])
+def test_the_predictor_of_a_profile_comes_with_its_thresholds(predictor):
+    model = net()
+    own = Profile(profile().sites, predictor=predictor)
+    expected = whole(model, own)
+    sparge.attach(model, own)
+    backend = by_block(model)
+    assert torch.equal(model(X), expected) and backend.compiles == 1
+    assert [node.kwargs["predictor"] for node in backend.operators()] == [predictor]
+
+
+def test_profiles_of_another_predictor_cannot_take_the_place_of_what_is_attached():
+    model = net()
+    with sparge.attach(model, profile()) as attachment, pytest.raises(ProfileError, match="another predictor"):
+        attachment.update(Profile(profile().sites, predictor="sparge"))
+
+
+def test_a_block_that_the_profile_keeps_dense_stays_dense():
+    model, sites = net(), dict(profile().sites)
+    del sites["blocks.1.attn1"]
+    own = Profile(sites, dense={"blocks.1.attn1": "over the budget"})
+    compiled = torch.compile(model, backend=(whole_backend := LightBackend(Policy(**{**vars(POLICY), "profile": own}))))
+    expected = compiled(X)
+    assert whole_backend.rewritten == [True, False, True, True, True, True]
+    sparge.attach(model, own)
+    backend = by_block(model)
+    assert torch.equal(model(X), expected)
+    assert sorted(backend.rewritten) == [False, True]
+    assert [site.reason for site in backend.sites if not site.rewritten] == ["the attached profile keeps it dense"]

@@ -153,11 +153,11 @@ def test_different_policies_have_different_tokens_and_disabled_ones_share_one():
 
 
 ENTRY = {"topk": None, "cdf_threshold": 0.9, "similarity_threshold": 0.5, "pv_threshold": -4.0}
-GOOD = {"format_version": 1, "q_tile": 128, "k_tile": 64, "sites": {"blocks.0": [ENTRY]}}
+GOOD = {"format_version": 2, "q_tile": 128, "k_tile": 64, "predictor": "clusters", "sites": {"blocks.0": [ENTRY]}}
 BAD_PROFILES = [
     ("{", "not valid JSON"),
     ("[]", "JSON object"),
-    ({**GOOD, "format_version": 2}, "format_version is 2"),
+    ({**GOOD, "format_version": 3}, "format_version is 3"),
     ({key: value for key, value in GOOD.items() if key != "format_version"}, "format_version"),
     ({**GOOD, "q_tile": 64}, "64 x 64"),
     ({**GOOD, "sites": []}, "sites"),

@@ -1,0 +1,113 @@
+"""Watching a model run: its graphs aside from other compiles, each site by its own name, calls outside every graph.
+
+What `explain` and `calibrate` share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from sparge_compile import context, dynamo
+from sparge_compile.policy import Policy
+
+OUTSIDE = "the call ran outside every compiled graph, after a graph break; TORCH_LOGS=graph_breaks shows where"
+_NOT_WATCHED = "Calls outside compiled graphs are not listed: another profiler is active in this thread."
+
+
+@contextlib.contextmanager
+def run_aside(target: Callable[..., Any], backend: Callable[..., Any], policy: Policy) -> Iterator[Callable[..., Any]]:
+    """`target` compiled with a TorchDynamo backend of ours, under `policy` and without gradients, to be run inside.
+
+    The model, its own compiles and torch's limits on them are as before afterwards; what a backend raises comes out
+    as it is.
+    """
+    with (
+        torch.no_grad(),
+        dynamo.not_compiled_in_place(target),
+        dynamo.unwrapped_backend_errors(),
+        context.rewriting(policy),
+        dynamo.aside(target, backend) as compiled,
+    ):
+        yield compiled
+
+
+class Watcher:
+    """Knows the modules of a model that runs, and hears of attention calls that Python makes outside every graph."""
+
+    def __init__(self, target: Callable[..., Any]) -> None:
+        self.notes: tuple[str, ...] = ()
+        modules = target.named_modules() if isinstance(target, nn.Module) else ()
+        self._names = {module: name for name, module in modules}
+        self._depth = 0  # of graphs running and compiles in progress: what Python calls there is not eager
+
+    def name_of(self, site: str, traced_in: nn.Module | None, running: nn.Module | None) -> str:
+        """A site's name in the module that runs it. Modules that share a graph share its trace, and the names in it."""
+        before, now = (self._names.get(module, "") if module else "" for module in (traced_in, running))
+        if before and now and (site + ".").startswith((before + ".", before + ":")):
+            return now + site[len(before) :]
+        return site
+
+    def ran_outside(self, name: str, source: str) -> None:
+        """An attention call ran outside every graph, in the module or function `name`; source is `file:line`."""
+
+    @contextlib.contextmanager
+    def inside_graph(self) -> Iterator[None]:
+        """While a graph runs or is compiled."""
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextlib.contextmanager
+    def watching_eager_calls(self) -> Iterator[None]:
+        """Sees every call of the attention function that Python makes outside compiled graphs.
+
+        A profiling hook is the only observer that changes nothing: a TorchFunctionMode alters the captured graph, and
+        patching the function hides it from TorchDynamo. It is off while TorchDynamo traces and while graphs run.
+        """
+        if sys.getprofile() is not None:
+            self.notes = (_NOT_WATCHED,)
+            yield
+            return
+        with dynamo.compile_listeners(self._enter, self._leave):
+            self._depth = 0
+            sys.setprofile(self._see)
+            try:
+                yield
+            finally:
+                sys.setprofile(None)
+
+    def _enter(self) -> None:
+        self._depth += 1
+        if not self.notes:
+            sys.setprofile(None)
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0 and not self.notes:
+            sys.setprofile(self._see)
+
+    def _see(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "c_call" and argument is F.scaled_dot_product_attention:
+            owner = module_running(frame)
+            name = frame.f_code.co_name if owner is None else self._names.get(owner) or type(owner).__name__
+            self.ran_outside(name, f"{frame.f_code.co_filename}:{frame.f_lineno}")
+
+
+def module_running(frame: FrameType | None) -> nn.Module | None:
+    """The innermost module whose method is on the stack."""
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not isinstance(owner, fx.GraphModule):
+            return owner
+        frame = frame.f_back
+    return None
