@@ -180,4 +180,26 @@ inline Floats exp2(Floats x) {
 #endif
 }
 
+// log2(x) for normal x > 0, -inf for 0, NaN for NaN; within 1.2e-4.
+inline Floats log2(Floats x) {
+#if defined(SPARGE_AVX512)
+    const Floats exponent = reinterpret_cast<Floats>(_mm512_getexp_ps(reinterpret_cast<__m512>(x)));
+    const Floats mantissa = reinterpret_cast<Floats>(
+        _mm512_getmant_ps(reinterpret_cast<__m512>(x), _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src));
+#else
+    const Ints bits = reinterpret_cast<Ints>(x);
+    const Floats exponent = to_floats((bits >> 23) - 127);
+    const Floats mantissa = reinterpret_cast<Floats>((bits & 0x007fffff) | 0x3f800000);
+#endif
+    Floats value = mantissa * -7.844067621e-2f + 6.260321822e-1f;
+    value = value * mantissa - 2.078335168f;
+    value = value * mantissa + 4.029211391f;
+    value = value * mantissa - 2.498353149f + exponent;
+#if !defined(SPARGE_AVX512)
+    value = select(x > 0.0f, value, splat(-INF));
+    value = select(x < INF, value, x);  // infinity and NaN
+#endif
+    return value;
+}
+
 }  // namespace sparge

@@ -2,12 +2,14 @@
 // Each query is one vector lane: what a lane computes from the tiles it keeps depends on no other query.
 #pragma once
 
+#include "clusters.h"
 #include "selection.h"
 
 namespace sparge {
 
 // Weights are exp2(score - base). base stays this far above the running maximum when it is raised, so it moves rarely.
 constexpr float HEADROOM = 8.0f;
+constexpr int DIAGONAL = Q_TILE / K_TILE;  // K tiles that a causal query tile sees in part, at most
 constexpr int OFFSETS = 16;  // K tiles whose q . mean is computed at a time
 
 struct Task {  // what one query tile of one head works on
@@ -17,21 +19,31 @@ struct Task {  // what one query tile of one head works on
     Rows k, v;
     int64_t b, h, first_query;
     float skip_below;  // stage 2, in bits
+
+    // The first group with a query that sees any of the tile.
+    int first_group(int tile) const {
+        const int64_t before = call.is_causal ? int64_t(tile) * K_TILE - first_query : 0;
+        return before > 0 ? static_cast<int>(before) / GROUP * GROUP : 0;
+    }
 };
 
 class Worker {
 public:
     explicit Worker(const Call& call)
-        : query_(call), selection_(static_cast<int>(ceil_div(call.k_len, K_TILE))), scores_(K_TILE * Q_TILE),
+        : query_(call), selection_(call, static_cast<int>(ceil_div(call.k_len, K_TILE))), weights_of_tiles_(call),
+          scores_(K_TILE * Q_TILE),
           exact_scores_(K_TILE * GROUP), weights_(K_TILE * Q_TILE), output_(round_up(call.value_dim, LANES) * Q_TILE),
           lines_(std::max({round_up(call.dim, LANES), round_up(call.value_dim, LANES), K_TILE}) * Q_TILE),
           offsets_(OFFSETS * Q_TILE), means_(OFFSETS * round_up(call.dim, LANES)), code_factor_(Q_TILE),
+          diagonal_(call.is_causal && call.predictor == CLUSTERED ? DIAGONAL * (K_TILE + 1) * Q_TILE : 0),
           running_(Q_TILE), base_(Q_TILE), mass_(Q_TILE), tile_max_(Q_TILE), decay_(Q_TILE) {}
 
     // K and V of one tile, in the two passes of keys.h.
     void load_keys(const Call& call, KeyTiles& keys, int64_t b, int64_t h, int tile) {
         tile_mean(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
         pack_values(call, Rows(call.v, b, h, call.value_dim, call.dtype), keys, tile, lines_);
+        if (call.predictor == CLUSTERED && keys.similarity[tile] == 0.0f)  // finite
+            cluster_tile(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
     }
     void quantize_keys(const Call& call, KeyTiles& keys, int64_t b, int64_t h, int tile) {
         quantize_tile(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
@@ -44,6 +56,7 @@ public:
 private:
     QueryTile query_;
     Selection selection_;
+    TileWeights weights_of_tiles_;
     Aligned<float> scores_;        // [groups][K_TILE][GROUP], bits
     Aligned<float> exact_scores_;  // [K_TILE][GROUP]
     Aligned<float> weights_;       // pairs of keys in bf16, [K_TILE / 2][GROUP] at each group; in fp32: scores_
@@ -52,8 +65,13 @@ private:
     Aligned<float> offsets_;       // [OFFSETS][Q_TILE]: q . mean in bits
     Aligned<float> means_;         // [OFFSETS][padded]
     Aligned<float> code_factor_;   // [GROUP]: with the K tile's scale
+    Aligned<float> diagonal_;      // [DIAGONAL]: scores_ and tile_max_ as stage 1 left them for stage 2
+    bool has_diagonal_ = false;
     Aligned<float> running_, base_, mass_, tile_max_, decay_;  // [Q_TILE]
 
+    void choose_tiles(const Task& task, Visible seen, int query_tile);
+    void score_diagonal(const Task& task, Visible seen);
+    void recall_diagonal(int which, int group);
     void mean_offsets(const KeyTiles& keys, const Selection::Kept* tiles, int count);
     void score_tile(const Task& task, Selection::Kept kept, const float* offset, int group);
     void exact_group(const Task& task, int tile, int group, float* out, float* maxima);
@@ -136,13 +154,6 @@ inline void Worker::blend_exact_rows(const Task& task, int tile, int group) {
         }
         store(maxima + i, largest);
     }
-}
-
-// Nats to bits. The largest numbers, with which masks hide keys too, stay numbers: only -inf is nothing at all.
-inline Floats to_bits(Floats nats) {
-    const Floats most = splat(std::numeric_limits<float>::max());
-    const Floats bits = nats * LOG2_E;
-    return select(is_finite(nats), -maximum(-maximum(bits, -most), -most), bits);
 }
 
 inline void Worker::add_mask(const Task& task, int tile, int group) {
@@ -292,6 +303,43 @@ inline void Worker::write(const Task& task) {
             lines_ + i * padded);
 }
 
+// Stage 1.
+inline void Worker::choose_tiles(const Task& task, Visible seen, int query_tile) {
+    const Call& call = task.call;
+    const MaskTiles& mask = task.mask;
+    const Thresholds& t = call.thresholds[task.h];
+    const bool has_mask = call.mask.data != nullptr, has_means = has_mask && !mask.means.empty();
+    selection_.sort(
+        call, query_, task.keys, t, seen, has_mask ? &mask.kinds[mask.at(task.b, task.h, query_tile)] : nullptr,
+        has_means ? &mask.means[mask.at(task.b, task.h, query_tile)] : nullptr);
+    has_diagonal_ = false;
+    if (!selection_.has_choice(t)) return selection_.keep_all();
+    if (call.predictor == SPARGE) return selection_.keep_largest(call, query_, task.keys, t);
+    weights_of_tiles_.start(call, query_, task.keys.padded);
+    if (call.is_causal) score_diagonal(task, seen);
+    selection_.drop_smallest(weights_of_tiles_.run(query_, task.keys, selection_.parts), t);
+}
+
+// The diagonal's keys have their exact part in the rows' masses. Their scores are kept for stage 2.
+inline void Worker::score_diagonal(const Task& task, Visible seen) {
+    has_diagonal_ = true;
+    for (int tile = seen.past; tile < seen.end; ++tile) {
+        float* saved = diagonal_ + (tile - seen.past) * (K_TILE + 1) * Q_TILE;
+        for (int group = task.first_group(tile); group < Q_TILE; group += GROUP) {
+            score_tile(task, {tile, PARTIAL}, nullptr, group);
+            weights_of_tiles_.add_keys(group, scores_ + group * K_TILE, tile_max_ + group, K_TILE);
+            std::memcpy(saved + group * K_TILE, scores_ + group * K_TILE, sizeof(float) * GROUP * K_TILE);
+            std::memcpy(saved + K_TILE * Q_TILE + group, tile_max_ + group, sizeof(float) * GROUP);
+        }
+    }
+}
+
+inline void Worker::recall_diagonal(int which, int group) {
+    const float* saved = diagonal_ + which * (K_TILE + 1) * Q_TILE;
+    std::memcpy(scores_ + group * K_TILE, saved + group * K_TILE, sizeof(float) * GROUP * K_TILE);
+    std::memcpy(tile_max_ + group, saved + K_TILE * Q_TILE + group, sizeof(float) * GROUP);
+}
+
 inline void Worker::run(
     const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, int32_t* counts) {
     const int64_t kv_head = h / (call.q_heads / call.kv_heads);
@@ -301,10 +349,8 @@ inline void Worker::run(
         Rows(call.v, b, kv_head, call.value_dim, call.dtype), b, h, int64_t(tile) * Q_TILE,
         thresholds.skip_below * LOG2_E};
     query_.prepare(call, Rows(call.q, b, h, call.dim, call.dtype), tile);
-    const bool has_mask = call.mask.data != nullptr, has_means = has_mask && !mask.means.empty();
-    selection_.run(
-        call, query_, keys, thresholds, Visible(call, tile, query_.rows, keys.count),
-        has_mask ? &mask.kinds[mask.at(b, h, tile)] : nullptr, has_means ? &mask.means[mask.at(b, h, tile)] : nullptr);
+    const Visible seen(call, tile, query_.rows, keys.count);
+    choose_tiles(task, seen, tile);
     const std::vector<Selection::Kept>& tiles = selection_.tiles;
     if (call.kept) {
         uint8_t* map = call.kept + ((b * call.q_heads + h) * mask.query_tiles + tile) * keys.count;
@@ -321,13 +367,12 @@ inline void Worker::run(
             mean_offsets(keys, &tiles[at], static_cast<int>(std::min<size_t>(OFFSETS, tiles.size() - at)));
         const Selection::Kept kept = tiles[at];
         const bool finite = keys.finite_values[kept.tile];
-        // Queries before the tile see none of it under causal.
-        const int64_t before = call.is_causal ? int64_t(kept.tile) * K_TILE - task.first_query : 0;
-        const int first_group = before > 0 ? static_cast<int>(before) / GROUP * GROUP : 0;
+        const int first_group = task.first_group(kept.tile);
         float gap = -INF;
         bool rescale[Q_TILE / GROUP];
         for (int group = first_group; group < Q_TILE; group += GROUP) {
-            score_tile(task, kept, offsets_ + at % OFFSETS * Q_TILE, group);
+            if (has_diagonal_ && kept.tile >= seen.past) recall_diagonal(kept.tile - seen.past, group);
+            else score_tile(task, kept, offsets_ + at % OFFSETS * Q_TILE, group);
             rescale[group / GROUP] = weigh(group, !finite, pack, &gap);
         }
         if (kept.kind != PARTIAL && finite && gap < task.skip_below) {
