@@ -17,6 +17,7 @@ from sparge_kernels.masks import additive_mask
 from sparge_kernels.thresholds import DEFAULT_PREDICTOR, K_TILE, Q_TILE, Thresholds
 from sparge_kernels.tiles import tile_count
 
+HUGE = 1e20
 TAU_ROUNDING = 1e-5  # sums of some hundred fp32 weights
 OUTPUT_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -143,10 +144,12 @@ def assert_weights_decide(
 def weight_error(q: Tensor, k: Tensor, scale: float) -> float:
     """Most that the weights of clusters may err by, in nats: q and the means are rounded to bf16, 2^-9 each.
 
-    A score then errs by at most 2^-8 |q| |k|, a share by that of two scores; .001 is of the exponentials.
+    A score then errs by at most 2^-8 |q| |k|, a share by that of two scores; .001 is of the exponentials. Rows whose
+    scores are no numbers decide nothing.
     """
-    q_norm, k_norm = (x.float().nan_to_num(0, 0, 0).norm(dim=-1).amax() for x in (q, k))
-    return float(2**-7 * q_norm * k_norm * abs(scale)) + 1e-3
+    q_norm, k_norm = (x.double().nan_to_num(0, 0, 0).norm(dim=-1) for x in (q, k))
+    largest = [x[x <= HUGE * x.median()].amax() for x in (q_norm, k_norm)]
+    return float(2**-7 * largest[0] * largest[1] * abs(scale)) + 1e-3
 
 
 def _assert_choice(weights: Tensor, kept: Tensor, entry: Thresholds, error: float) -> None:
@@ -156,7 +159,10 @@ def _assert_choice(weights: Tensor, kept: Tensor, entry: Thresholds, error: floa
         return
     if len(weights) == 0:
         return
-    least, most = weights[kept].min() if kept.any() else torch.inf, weights[~kept].max() if not kept.all() else -torch.inf
+    least, most = (
+        weights[kept].min() if kept.any() else torch.inf,
+        weights[~kept].max() if not kept.all() else -torch.inf,
+    )
     assert most <= least + 2 * error, "a tile was kept, and one of more weight was not"
     if entry.topk is not None:
         assert kept.sum() == max(1, math.ceil(Fraction(str(entry.topk)) * len(kept)))

@@ -8,7 +8,7 @@ namespace sparge {
 // One tile's keys twice: rows to sum, and channels over keys to measure distances, all keys at once.
 class Splitter {
 public:
-    // `rows` [K_TILE][padded] and `columns` [padded][K_TILE] are scratch.
+    // `rows` [K_TILE][padded], zeros beyond `count`, and `columns` [padded][K_TILE] are scratch.
     Splitter(int count, int padded, const float* rows, float* columns)
         : count_(count), padded_(padded), rows_(rows), columns_(columns) {
         transpose(rows, K_TILE, padded, padded, columns, K_TILE);
@@ -18,80 +18,110 @@ public:
     // Writes means [CLUSTERS][padded]; sizes [CLUSTERS], and spreads where they are not 0: the mean over keys and `dim`
     // channels of the squared distances to the mean.
     void run(int dim, float* means, float* sizes, float* spreads) {
-        mean(0, means);
-        measure(0, means);
+        for (int key = 0; key < K_TILE; ++key) distances_[key] = -1.0f;  // of padding
+        represent(0, means);
         for (int made = 1; made < CLUSTERS; ++made) {
             const int farthest = farthest_key(), split = labels_[farthest];
-            float distances[K_TILE];
-            squared_distances(rows_ + farthest * padded_, distances);
-            bool taken = false;
-            for (int key = 0; key < count_; ++key)
-                if (labels_[key] == split && distances[key] < distances_[key]) labels_[key] = made, taken = true;
-            if (!taken) continue;  // all keys are at their means
-            mean(split, means + split * padded_);
-            mean(made, means + made * padded_);
-            measure(split, means + split * padded_);
-            measure(made, means + made * padded_);
+            if (!take(rows_ + farthest * padded_, split, made)) continue;  // all keys are at their means
+            represent(split, means + split * padded_);
+            represent(made, means + made * padded_);
         }
-        for (int c = 0; c < CLUSTERS; ++c) sizes[c] = spreads[c] = 0;
-        for (int key = 0; key < count_; ++key) {
-            sizes[labels_[key]] += 1;
-            spreads[labels_[key]] += distances_[key] / static_cast<float>(dim);
+        for (int c = 0; c < CLUSTERS; ++c) {
+            Floats members{}, spread{};
+            for (int key = 0; key < K_TILE; key += LANES) {
+                members += select(of_cluster(key, c), splat(1.0f), Floats{});
+                spread += select(of_cluster(key, c), load(distances_ + key) / static_cast<float>(dim), Floats{});
+            }
+            sizes[c] = sum(members);
+            spreads[c] = sum(spread) / std::max(sizes[c], 1.0f);
         }
-        for (int c = 0; c < CLUSTERS; ++c) spreads[c] /= std::max(sizes[c], 1.0f);
     }
 
 private:
     int count_, padded_;
     const float* rows_;
     float* columns_;
-    int32_t labels_[K_TILE];
-    float distances_[K_TILE];  // squared, of each key to its cluster's mean
+    alignas(64) int32_t labels_[K_TILE];
+    alignas(64) float distances_[K_TILE];  // squared, of each key to its cluster's mean
 
-    void mean(int cluster, float* result) const {
-        float size = 0;
-        std::memset(result, 0, sizeof(float) * padded_);
-        for (int key = 0; key < count_; ++key) {
-            if (labels_[key] != cluster) continue;
-            size += 1;
-            const float* row = rows_ + key * padded_;
-            for (int d = 0; d < padded_; d += LANES) store(result + d, load(result + d) + load(row + d));
-        }
-        for (int d = 0; d < padded_; d += LANES) store(result + d, load(result + d) / std::max(size, 1.0f));
+    Ints of_cluster(int first_key, int cluster) const {
+        return *reinterpret_cast<const Ints*>(labels_ + first_key) == splat(cluster);
     }
 
-    void squared_distances(const float* point, float* result) const {
+    // The cluster's mean [padded], and the distances of its keys to it.
+    void represent(int cluster, float* mean) {
+        float member[K_TILE];
+        Floats members{};
+        for (int key = 0; key < K_TILE; key += LANES) {
+            const Floats is_member = select(of_cluster(key, cluster), splat(1.0f), Floats{});
+            store(member + key, is_member);
+            members += is_member;
+        }
+        const float size = std::max(sum(members), 1.0f);
+        for (int d = 0; d < padded_; d += LANES) {
+            Floats sums[4] = {};  // additions that need not wait for each other
+            for (int key = 0; key < K_TILE; key += 4)
+                for (int i = 0; i < 4; ++i) sums[i] += load(rows_ + (key + i) * padded_ + d) * member[key + i];
+            store(mean + d, (sums[0] + sums[1] + (sums[2] + sums[3])) / size);
+        }
+        float distances[K_TILE];
+        measure(mean, distances);
+        for (int key = 0; key < K_TILE; key += LANES)
+            store(distances_ + key, select(of_cluster(key, cluster), load(distances + key), load(distances_ + key)));
+    }
+
+    // Squared distances of all keys to a point [padded].
+    void measure(const float* point, float* result) const {
         Floats sums[K_TILE / LANES] = {};
         for (int d = 0; d < padded_; ++d)
             for (int i = 0; i < K_TILE / LANES; ++i) {
-                const Floats difference = load(columns_ + d * K_TILE + i * LANES) - splat(point[d]);
+                const Floats difference = load(columns_ + d * K_TILE + i * LANES) - point[d];
                 sums[i] += difference * difference;
             }
         for (int i = 0; i < K_TILE / LANES; ++i) store(result + i * LANES, sums[i]);
     }
 
-    // The distances of the cluster's keys, anew.
-    void measure(int cluster, const float* mean) {
-        float distances[K_TILE];
-        squared_distances(mean, distances);
-        for (int key = 0; key < K_TILE; ++key) distances_[key] = labels_[key] == cluster ? distances[key] : distances_[key];
+    int farthest_key() const {
+        Floats most = load(distances_);
+        for (int key = LANES; key < K_TILE; key += LANES) most = maximum(load(distances_ + key), most);
+        float largest = -1.0f;
+        for (int lane = 0; lane < LANES; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+        for (int key = 0; key < count_; ++key)
+            if (distances_[key] == largest) return key;
+        return 0;
     }
 
-    int farthest_key() const {
-        int farthest = 0;
-        for (int key = 1; key < count_; ++key)
-            if (distances_[key] > distances_[farthest]) farthest = key;
-        return farthest;
+    // Moves the keys of cluster `from` that are closer to the point than to their mean; false if there are none.
+    bool take(const float* point, int from, int to) {
+        float distances[K_TILE];
+        measure(point, distances);
+        Ints taken_any{};
+        for (int key = 0; key < K_TILE; key += LANES) {
+            const Ints taken = of_cluster(key, from) & (load(distances + key) < load(distances_ + key));
+            const Ints labels = *reinterpret_cast<const Ints*>(labels_ + key);
+            store(labels_ + key, (labels & ~taken) | (splat(to) & taken));
+            taken_any |= taken;
+        }
+        return any(taken_any);
     }
 };
 
 inline void pack_cluster_means(const float* means, int count, ClusterNumber* packed) {
 #if defined(SPARGE_BF16_DOT)
-    for (int i = 0; i < count; i += 2)
-        packed[i / 2] = static_cast<int32_t>(
-            float_to_bfloat16(means[i]) | static_cast<uint32_t>(float_to_bfloat16(means[i + 1])) << 16);
+    for (int i = 0; i < count; i += 2 * LANES) store_bf16(packed + i / 2, load(means + i), load(means + i + LANES));
 #else
     std::memcpy(packed, means, sizeof(float) * count);
+#endif
+}
+
+// Channel d of a cluster's mean, as the scores are computed from it.
+inline float cluster_mean(const KeyTiles& keys, int tile, int cluster, int d) {
+    const ClusterNumber* mean = &keys.cluster_means[size_t(tile) * keys.cluster_numbers()];
+    const int at = cluster * keys.padded + d;
+#if defined(SPARGE_BF16_DOT)
+    return bfloat16_to_float(static_cast<uint16_t>(static_cast<uint32_t>(mean[at / 2]) >> at % 2 * 16));
+#else
+    return mean[at];
 #endif
 }
 

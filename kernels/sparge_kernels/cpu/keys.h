@@ -35,6 +35,7 @@ struct KeyTiles {
     std::vector<float> scales;             // [count]
     std::vector<uint8_t> exact;            // [count]: INT8 cannot hold the tile
     std::vector<uint8_t> finite_values;    // [count]
+    std::vector<uint8_t> finite;           // [count]: every number of K and V; their tiles have clusters
     std::vector<int8_t> codes;             // [count][K_TILE][code_dim]
     std::vector<int32_t> starts;           // [count][K_TILE]: -128 * sum of a key's codes, for codes + 128 of Q
     std::vector<int32_t> values;           // [count][K_TILE / 2][value_padded]: pairs of keys in bf16
@@ -54,6 +55,7 @@ struct KeyTiles {
         scales.resize(count);
         exact.resize(count);
         finite_values.resize(count);
+        finite.resize(count);
         if (call.int8) {
             codes.assign(size_t(count) * K_TILE * code_dim, 0);
             starts.assign(size_t(count) * K_TILE, 0);

@@ -48,9 +48,10 @@ public:
             MaskKind kind = tile >= seen.past ? PARTIAL : mask_kinds ? static_cast<MaskKind>(mask_kinds[tile]) : OPEN;
             if (kind == HIDDEN) continue;
             ++visible;
-            const float bias = kind == BIASED ? mask_means[tile] : 0, similarity = keys.similarity[tile];
-            if (clustered && kind != PARTIAL && similarity == similarity) parts.push_back({tile, bias});
-            if (kind != PARTIAL && predictable && similarity >= t.similarity) ranked_.push_back({bias, {tile, kind}});
+            const float bias = kind == BIASED ? mask_means[tile] : 0;
+            if (clustered && kind != PARTIAL && keys.finite[tile]) parts.push_back({tile, bias});
+            const bool candidate = kind != PARTIAL && predictable && keys.similarity[tile] >= t.similarity;
+            if (candidate) ranked_.push_back({bias, {tile, kind}});
             else tiles.push_back({tile, kind});
         }
     }

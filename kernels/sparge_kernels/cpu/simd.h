@@ -105,6 +105,12 @@ inline Ints pack_bf16(Floats even, Floats odd) {
     __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
     return reinterpret_cast<Ints>(_mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(both)));
 }
+
+// `first` and `second` as bf16, one after the other.
+inline void store_bf16(int32_t* p, Floats first, Floats second) {
+    __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+    store(p, reinterpret_cast<Ints>(both));
+}
 #endif
 
 // While it lives, this thread's small numbers are not flushed to zero: torch.set_flush_denormal, or a library built

@@ -42,7 +42,8 @@ public:
     void load_keys(const Call& call, KeyTiles& keys, int64_t b, int64_t h, int tile) {
         tile_mean(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
         pack_values(call, Rows(call.v, b, h, call.value_dim, call.dtype), keys, tile, lines_);
-        if (call.predictor == CLUSTERED && keys.similarity[tile] == 0.0f)  // finite
+        keys.finite[tile] = keys.similarity[tile] == 0.0f && keys.finite_values[tile];
+        if (call.predictor == CLUSTERED && keys.finite[tile])
             cluster_tile(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
     }
     void quantize_keys(const Call& call, KeyTiles& keys, int64_t b, int64_t h, int tile) {
@@ -52,6 +53,9 @@ public:
     // One query tile of head h; counts kept, skipped and visible K tiles.
     void run(
         const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, int32_t* counts);
+
+    // For tests: ln of the weights of the K tiles of one query tile, [nK]; -inf where a tile has no part.
+    void weights(const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, float* out);
 
 private:
     QueryTile query_;
@@ -69,7 +73,9 @@ private:
     bool has_diagonal_ = false;
     Aligned<float> running_, base_, mass_, tile_max_, decay_;  // [Q_TILE]
 
-    void choose_tiles(const Task& task, Visible seen, int query_tile);
+    void sort_tiles(const Task& task, Visible seen);
+    void choose_tiles(const Task& task, Visible seen);
+    const float* weigh_tiles(const Task& task, Visible seen);
     void score_diagonal(const Task& task, Visible seen);
     void recall_diagonal(int which, int group);
     void mean_offsets(const KeyTiles& keys, const Selection::Kept* tiles, int count);
@@ -303,21 +309,38 @@ inline void Worker::write(const Task& task) {
             lines_ + i * padded);
 }
 
-// Stage 1.
-inline void Worker::choose_tiles(const Task& task, Visible seen, int query_tile) {
-    const Call& call = task.call;
+inline Task task_of(const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile) {
+    const int64_t kv_head = h / (call.q_heads / call.kv_heads);
+    return {
+        call, keys, mask, Rows(call.k, b, kv_head, call.dim, call.dtype),
+        Rows(call.v, b, kv_head, call.value_dim, call.dtype), b, h, int64_t(tile) * Q_TILE,
+        call.thresholds[h].skip_below * LOG2_E};
+}
+
+inline void Worker::sort_tiles(const Task& task, Visible seen) {
     const MaskTiles& mask = task.mask;
-    const Thresholds& t = call.thresholds[task.h];
-    const bool has_mask = call.mask.data != nullptr, has_means = has_mask && !mask.means.empty();
+    const bool has_mask = task.call.mask.data != nullptr, has_means = has_mask && !mask.means.empty();
+    const int64_t at = has_mask ? mask.at(task.b, task.h, static_cast<int>(task.first_query / Q_TILE)) : 0;
     selection_.sort(
-        call, query_, task.keys, t, seen, has_mask ? &mask.kinds[mask.at(task.b, task.h, query_tile)] : nullptr,
-        has_means ? &mask.means[mask.at(task.b, task.h, query_tile)] : nullptr);
+        task.call, query_, task.keys, task.call.thresholds[task.h], seen, has_mask ? &mask.kinds[at] : nullptr,
+        has_means ? &mask.means[at] : nullptr);
+}
+
+// Stage 1.
+inline void Worker::choose_tiles(const Task& task, Visible seen) {
+    const Call& call = task.call;
+    const Thresholds& t = call.thresholds[task.h];
     has_diagonal_ = false;
     if (!selection_.has_choice(t)) return selection_.keep_all();
     if (call.predictor == SPARGE) return selection_.keep_largest(call, query_, task.keys, t);
-    weights_of_tiles_.start(call, query_, task.keys.padded);
-    if (call.is_causal) score_diagonal(task, seen);
-    selection_.drop_smallest(weights_of_tiles_.run(query_, task.keys, selection_.parts), t);
+    selection_.drop_smallest(weigh_tiles(task, seen), t);
+}
+
+// ln of the weights of the tiles with a part in the softmax, [nK].
+inline const float* Worker::weigh_tiles(const Task& task, Visible seen) {
+    weights_of_tiles_.start(task.call, query_, task.keys.padded);
+    if (task.call.is_causal) score_diagonal(task, seen);
+    return weights_of_tiles_.run(query_, task.keys, selection_.parts);
 }
 
 // The diagonal's keys have their exact part in the rows' masses. Their scores are kept for stage 2.
@@ -342,15 +365,11 @@ inline void Worker::recall_diagonal(int which, int group) {
 
 inline void Worker::run(
     const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, int32_t* counts) {
-    const int64_t kv_head = h / (call.q_heads / call.kv_heads);
-    const Thresholds& thresholds = call.thresholds[h];
-    const Task task{
-        call, keys, mask, Rows(call.k, b, kv_head, call.dim, call.dtype),
-        Rows(call.v, b, kv_head, call.value_dim, call.dtype), b, h, int64_t(tile) * Q_TILE,
-        thresholds.skip_below * LOG2_E};
+    const Task task = task_of(call, mask, keys, b, h, tile);
     query_.prepare(call, Rows(call.q, b, h, call.dim, call.dtype), tile);
     const Visible seen(call, tile, query_.rows, keys.count);
-    choose_tiles(task, seen, tile);
+    sort_tiles(task, seen);
+    choose_tiles(task, seen);
     const std::vector<Selection::Kept>& tiles = selection_.tiles;
     if (call.kept) {
         uint8_t* map = call.kept + ((b * call.q_heads + h) * mask.query_tiles + tile) * keys.count;
@@ -386,6 +405,17 @@ inline void Worker::run(
     counts[0] = static_cast<int32_t>(tiles.size());
     counts[1] = skipped;
     counts[2] = selection_.visible;
+}
+
+inline void Worker::weights(
+    const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, float* out) {
+    const Task task = task_of(call, mask, keys, b, h, tile);
+    query_.prepare(call, Rows(call.q, b, h, call.dim, call.dtype), tile);
+    const Visible seen(call, tile, query_.rows, keys.count);
+    sort_tiles(task, seen);
+    const float* weights = weigh_tiles(task, seen);
+    std::fill(out, out + keys.count, -INF);
+    for (Part part : selection_.parts) out[part.tile] = weights[part.tile];
 }
 
 }  // namespace sparge
