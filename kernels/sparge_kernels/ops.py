@@ -139,7 +139,12 @@ def _run(
     site: str = "",
     with_statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    chosen = {"enable_gqa": enable_gqa, "precision": precision, "predictor": predictor, "layout": layout}
+    chosen: dict[str, Any] = {
+        "enable_gqa": enable_gqa,
+        "precision": precision,
+        "predictor": predictor,
+        "layout": layout,
+    }
     check_call(query, key, value, thresholds, **chosen)
     check_mask(attn_mask, query, key, is_causal=is_causal)
     out = _empty_output(query, value, layout)
@@ -235,7 +240,12 @@ def _fake(
     layout: Sequence[int] = (0, 2, 1, 3),
     **_: Any,
 ) -> Tensor:
-    chosen = {"enable_gqa": enable_gqa, "precision": precision, "predictor": predictor, "layout": layout}
+    chosen: dict[str, Any] = {
+        "enable_gqa": enable_gqa,
+        "precision": precision,
+        "predictor": predictor,
+        "layout": layout,
+    }
     check_call(query, key, value, thresholds, **chosen)
     check_mask(attn_mask, query, key, is_causal=is_causal)
     return _empty_output(query, value, layout)

@@ -40,6 +40,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def attention(
     q_wide, k_wide, v_wide = q.to(dtype), k.to(dtype), v.to(dtype)
 
     mask = None if attn_mask is None else additive_mask(attn_mask, dtype)
-    options = {"is_causal": is_causal, "scale": scale, "mask": mask, "predictor": predictor}
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "mask": mask, "predictor": predictor}
     kept = select_tiles(q_wide, k_wide, v_wide, thresholds=per_head, **options)
     if mask is None:
         tiles = causal_tiles(q.shape[-2], k.shape[-2], is_causal, dtype, q.device)

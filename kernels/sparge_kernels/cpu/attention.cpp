@@ -6,7 +6,8 @@
 
 #include <omp.h>
 
-#include "worker.h"
+#include "scores.h"
+#include "softmax.h"
 
 namespace sparge {
 

@@ -33,7 +33,10 @@ public:
         const float rise = 0.5f * call.scale * call.scale * LOG2_E;
         for (int i = 0; i < Q_TILE; i += LANES) {
             Floats squares{};
-            for (int d = 0; d < padded; ++d) squares += load(query.wide + d * Q_TILE + i) * load(query.wide + d * Q_TILE + i);
+            for (int d = 0; d < padded; ++d) {
+                const Floats channel = load(query.wide + d * Q_TILE + i);
+                squares += channel * channel;
+            }
             store(rise_ + i, squares * rise);
             store(maximum_ + i, splat(-std::numeric_limits<float>::max()));
             store(mass_ + i, Floats{});
@@ -70,7 +73,8 @@ public:
             }
         }
         for (int i = 0; i < Q_TILE; i += LANES) store(mass_ + i, load(maximum_ + i) + log2(load(mass_ + i)));
-        for (int i = 0; i < count; ++i) weights_[parts[i].tile] = largest_share(likely_ + size_t(i) * Q_TILE) * LN_2;
+        for (int i = 0; i < count; ++i)
+            weights_[parts[i].tile] = largest_share(likely_ + size_t(i) * Q_TILE) * LN_2;
         return weights_;
     }
 
