@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparge_kernels import cpu, ops, reference
-from sparge_kernels.thresholds import NEVER_SKIP, Thresholds, pack
+from sparge_kernels.thresholds import NEVER_SKIP, PREDICTORS, Thresholds, pack
 
 KEEP_ALL = Thresholds(topk=1.0, cdf=1.0, similarity=-1.0, pv=NEVER_SKIP)
 DEFAULT = Thresholds(topk=None, cdf=0.98, similarity=0.5, pv=None)
@@ -105,6 +105,7 @@ cpu_kernels = kernels("blocked", "native")
 masking_kernels = kernels("reference", "reference-shared", "native", "triton")
 both_causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 both_precisions = pytest.mark.parametrize("precision", ["int8", "none"])
+every_predictor = pytest.mark.parametrize("predictor", PREDICTORS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 

@@ -64,6 +64,17 @@ int quantize(const sparge::Call& call, int64_t b, int64_t head) {
         q_exact.as<uint8_t>(), &q_similarity);
 }
 
+// And what it is clustered to.
+int cluster(const sparge::Call& call, int64_t b, int64_t head) {
+    const int tiles = sparge::ceil_div(call.q_len, sparge::Q_TILE);
+    const int k_tiles = sparge::ceil_div(call.k_len, sparge::K_TILE);
+    Memory means(k_tiles * sparge::CLUSTERS * call.dim * 4, 4), sizes(k_tiles * sparge::CLUSTERS * 4, 4);
+    Memory spreads(k_tiles * sparge::CLUSTERS * 4, 4), weights(k_tiles * 4, 4);
+    return sparge_clustered(
+        &call, b, head / (call.q_heads / call.kv_heads), head, tiles - 1, means.as<float>(), sizes.as<float>(),
+        spreads.as<float>(), weights.as<float>());
+}
+
 void run(sparge::Call call, std::FILE* calls, std::FILE* results) {
     const size_t size = bytes_of(call.dtype);
     Memory q = read_memory(calls, size), k = read_memory(calls, size), v = read_memory(calls, size);
@@ -76,7 +87,9 @@ void run(sparge::Call call, std::FILE* calls, std::FILE* results) {
     call.out.data = out.get(), call.mask.data = mask.get();
     call.thresholds = thresholds.as<sparge::Thresholds>();
     call.density = density.as<float>(), call.pv_skipped = pv_skipped.as<float>(), call.kept = kept.as<uint8_t>();
-    if (sparge_attention(&call) || (call.int8 && quantize(call, call.batch - 1, call.q_heads - 1))) fail("no memory");
+    const int64_t last_batch = call.batch - 1, last_head = call.q_heads - 1;
+    if (sparge_attention(&call) || (call.int8 && quantize(call, last_batch, last_head))) fail("no memory");
+    if (call.predictor == sparge::CLUSTERED && cluster(call, last_batch, last_head)) fail("no memory");
     for (const Memory* result : {&out, &density, &pv_skipped, &kept}) result->write(results);
 }
 

@@ -14,6 +14,7 @@ from kernel_cases import (
     both_causal,
     both_precisions,
     dense,
+    every_predictor,
     random_qkv,
     relative_l1,
     run_blocked,
@@ -21,7 +22,7 @@ from kernel_cases import (
 )
 
 from sparge_kernels.cpu import blocked
-from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
+from sparge_kernels.thresholds import NEVER_SKIP, PREDICTORS, Thresholds
 from workloads import smooth_field
 
 THRESHOLDS = st.builds(
@@ -52,23 +53,28 @@ def assert_same(actual, expected, dtype=torch.float32):
     scale=st.sampled_from([None, 1.0, 0.0, -0.4]),
     is_causal=st.booleans(),
     precision=st.sampled_from(["int8", "none"]),
+    predictor=st.sampled_from(PREDICTORS),
     threshold=THRESHOLDS,
     seed=st.integers(0, 5),
 )
-def test_blocked_equals_the_reference(q_len, k_len, heads, dtype, layout, scale, is_causal, precision, threshold, seed):
+def test_blocked_equals_the_reference(
+    q_len, k_len, heads, dtype, layout, scale, is_causal, precision, predictor, threshold, seed
+):
     tensors = random_qkv(q_len, k_len, heads=heads[0], kv_heads=heads[1], value_dim=12, dtype=dtype, seed=seed)
     q, k, v = (LAYOUTS[layout](x) for x in tensors)
-    options = {"is_causal": is_causal, "scale": scale, "precision": precision}
+    options = {"is_causal": is_causal, "scale": scale, "precision": precision, "predictor": predictor}
     actual = run_blocked(q, k, v, [threshold], **options)
     assert_same(actual, run_reference(q, k, v, [threshold], **options), dtype)
 
 
+@every_predictor
 @both_causal
 @both_precisions
-def test_blocked_equals_the_reference_on_a_smooth_field(is_causal, precision):
+def test_blocked_equals_the_reference_on_a_smooth_field(is_causal, precision, predictor):
     q, k, v = smooth_field()
-    actual = run_blocked(q, k, v, [DEFAULT], is_causal=is_causal, precision=precision)
-    assert_same(actual, run_reference(q, k, v, [DEFAULT], is_causal=is_causal, precision=precision))
+    options = {"is_causal": is_causal, "precision": precision, "predictor": predictor}
+    actual = run_blocked(q, k, v, [DEFAULT], **options)
+    assert_same(actual, run_reference(q, k, v, [DEFAULT], **options))
     assert actual.density.mean() < 0.75
     assert relative_l1(actual.output, dense(q, k, v, is_causal)) < 0.05
 

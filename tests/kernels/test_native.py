@@ -18,6 +18,7 @@ from kernel_cases import (
     both_precisions,
     dense,
     every_dtype,
+    every_predictor,
     kernel_error,
     random_qkv,
     relative_l1,
@@ -26,7 +27,7 @@ from kernel_cases import (
 from mask_cases import BOOL_MASKS, FLOAT_MASKS
 from stages import assert_same_stages, native_stages, reference_stages
 
-from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
+from sparge_kernels.thresholds import NEVER_SKIP, PREDICTORS, Thresholds
 from workloads import smooth_field
 
 LIGHT = settings(deadline=None, derandomize=True, max_examples=120)
@@ -36,6 +37,7 @@ HEADS = st.sampled_from([(3, 3), (3, 1), (4, 1), (8, 2), (7, 1)])
 DIMS = st.sampled_from([(16, 12), (1, 5), (3, 3), (40, 64), (64, 40), (17, 33), (5, 130)])
 SCALES = st.sampled_from([None, 1.0, 0.0, -0.4])
 PRECISIONS = st.sampled_from(["int8", "none"])
+PREDICTOR = st.sampled_from(PREDICTORS)
 THRESHOLDS = st.builds(
     Thresholds,
     topk=st.none() | st.sampled_from([0.1, 0.5, 1.0]),
@@ -65,14 +67,16 @@ def inputs(q_len, k_len, heads, dims, dtype, layout, seed):
     scale=SCALES,
     is_causal=st.booleans(),
     precision=PRECISIONS,
+    predictor=PREDICTOR,
     threshold=THRESHOLDS,
     seed=st.integers(0, 5),
 )
 def test_tiles_and_numbers_are_the_references(
-    q_len, k_len, heads, dims, dtype, layout, scale, is_causal, precision, threshold, seed
+    q_len, k_len, heads, dims, dtype, layout, scale, is_causal, precision, predictor, threshold, seed
 ):
     q, k, v = inputs(q_len, k_len, heads, dims, dtype, layout, seed)
-    assert_same_stages(q, k, v, [threshold], is_causal=is_causal, scale=scale, precision=precision)
+    options = {"is_causal": is_causal, "scale": scale, "precision": precision, "predictor": predictor}
+    assert_same_stages(q, k, v, [threshold], **options)
 
 
 @LIGHT
@@ -87,39 +91,45 @@ def test_tiles_and_numbers_are_the_references(
     mask=st.sampled_from([*BOOL_MASKS.values(), *FLOAT_MASKS.values()]),
     same_dtype=st.booleans(),
     precision=PRECISIONS,
+    predictor=PREDICTOR,
     threshold=THRESHOLDS,
     seed=st.integers(0, 5),
 )
 def test_tiles_and_numbers_under_a_mask_are_the_references(
-    q_len, k_len, heads, dims, dtype, layout, scale, mask, same_dtype, precision, threshold, seed
+    q_len, k_len, heads, dims, dtype, layout, scale, mask, same_dtype, precision, predictor, threshold, seed
 ):
     q, k, v = inputs(q_len, k_len, heads, dims, dtype, layout, seed)
     attn_mask = mask(2, heads[0], q_len, k_len)
     if same_dtype and attn_mask.is_floating_point():
         attn_mask = attn_mask.to(dtype)
-    assert_same_stages(q, k, v, [threshold], attn_mask=attn_mask, scale=scale, precision=precision)
+    options = {"attn_mask": attn_mask, "scale": scale, "precision": precision, "predictor": predictor}
+    assert_same_stages(q, k, v, [threshold], **options)
 
 
+@every_predictor
 @both_causal
 @both_precisions
-def test_smooth_fields_have_the_same_tiles_and_numbers(is_causal, precision):
+def test_smooth_fields_have_the_same_tiles_and_numbers(is_causal, precision, predictor):
     q, k, v = smooth_field(heads=1)
-    actual = assert_same_stages(q, k, v, [DEFAULT], is_causal=is_causal, precision=precision)
+    options = {"is_causal": is_causal, "precision": precision, "predictor": predictor}
+    actual = assert_same_stages(q, k, v, [DEFAULT], **options)
     assert actual.density.mean() < 0.75
     assert relative_l1(actual.output, dense(q, k, v, is_causal)) < 0.05
 
 
+@every_predictor
 @pytest.mark.parametrize("gain", [1, 8, 50])
-def test_tiles_rank_alike_however_sharp_the_scores(gain):
+def test_tiles_rank_alike_however_sharp_the_scores(gain, predictor):
     q, k, v = smooth_field(heads=1)
-    assert_same_stages(q * gain, k, v, [Thresholds(0.5, 1.0, -1.0, NEVER_SKIP)])
+    assert_same_stages(q * gain, k, v, [Thresholds(0.5, 1.0, -1.0, NEVER_SKIP)], predictor=predictor)
 
 
+@every_predictor
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e30], ids=str)
-def test_tiles_are_the_same_for_keys_of_any_magnitude(size):
+def test_tiles_are_the_same_for_keys_of_any_magnitude(size, predictor):
     q, k, v = smooth_field((2, 6, 64))
-    assert_same_stages(q / size, k * size, v, [DEFAULT])
-    assert_same_stages(q / size, k * size, v, [HALF], is_causal=True)
+    assert_same_stages(q / size, k * size, v, [DEFAULT], predictor=predictor)
+    assert_same_stages(q / size, k * size, v, [HALF], is_causal=True, predictor=predictor)
 
 
 @pytest.mark.parametrize("tiles", [range(1, 101), (600, 1400)], ids=["up-to-100", "many"])

@@ -124,12 +124,17 @@ def test_the_causal_diagonal_and_tile_zero_are_always_kept():
 
 
 def test_unpredictable_tiles_are_kept_whole():
+    """The paper asks both Q and K tiles whether they are predictable, "clusters" K tiles only."""
     q, k, v = smooth_field((2, 8, 128), heads=1)
     q[:, :, 256:384] = torch.randn(128, 32)
     k[:, :, 640:704] = k.mean(2, keepdim=True) + torch.randn(64, 32)
-    kept = reference.attention(q, k, v, thresholds=[Thresholds(0.2, 1.0, 0.3, None)]).kept[0, 0]
-    assert kept[2].all() and kept[:, 10].all()
-    assert kept.float().mean() < 0.6
+    kept, clustered = (
+        reference.attention(q, k, v, thresholds=[Thresholds(0.2, 1.0, 0.3, None)], predictor=predictor).kept[0, 0]
+        for predictor in ("sparge", "clusters")
+    )
+    assert kept[2].all() and kept[:, 10].all() and clustered[:, 10].all()
+    assert not clustered[2].all()
+    assert kept.float().mean() < 0.6 and clustered.float().mean() < 0.6
 
 
 def test_prediction_uses_the_given_scale():
@@ -170,8 +175,9 @@ def test_quantization_error_is_half_a_step_and_zeros_are_safe():
     assert not rows.exact.any() and not tiled.exact.any()
 
 
-def test_default_thresholds_on_a_smooth_field_skip_a_third_within_five_percent():
+@pytest.mark.parametrize("predictor, density", [("sparge", 0.7), ("clusters", 0.75)])
+def test_default_thresholds_on_a_smooth_field_skip_a_part_within_five_percent(predictor, density):
     q, k, v = smooth_field()
-    result = reference.attention(q, k, v, thresholds=[DEFAULT])
-    assert result.density.max() < 0.7
+    result = reference.attention(q, k, v, thresholds=[DEFAULT], predictor=predictor)
+    assert result.density.max() < density
     assert relative_l1(result.output, dense(q, k, v)) < 0.05

@@ -6,7 +6,8 @@
 
 #include <omp.h>
 
-#include "worker.h"
+#include "scores.h"
+#include "softmax.h"
 
 namespace sparge {
 
@@ -118,6 +119,33 @@ extern "C" int sparge_quantized(
             q_scales[i] = query.code_factor[i] / query.factor[i], q_exact[i] = query.exact[i] != 0;
             for (int d = 0; d < keys.dim; ++d) q_codes[i * keys.dim + d] = query.code(i, d);
         }
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// For tests: the clusters of one head of K, and what its query tile `tile` makes of them.
+// means [nK][CLUSTERS][dim], sizes and spreads [nK][CLUSTERS], weights [nK].
+extern "C" int sparge_clustered(
+    const sparge::Call* call, int64_t b, int64_t kv_head, int64_t head, int tile, float* means, float* sizes,
+    float* spreads, float* weights) {
+    using namespace sparge;
+    try {
+        KeyTiles keys;
+        keys.resize(*call);
+        Worker worker(*call);
+        for (int i = 0; i < keys.count; ++i) worker.load_keys(*call, keys, b, kv_head, i);
+        tile_centres(*call, keys);
+        for (int i = 0; i < keys.count; ++i) worker.quantize_keys(*call, keys, b, kv_head, i);
+        for (int i = 0; i < keys.count; ++i)
+            for (int c = 0; c < CLUSTERS; ++c)
+                for (int d = 0; d < keys.dim; ++d) *means++ = cluster_mean(keys, i, c, d);
+        std::copy(keys.cluster_sizes.begin(), keys.cluster_sizes.end(), sizes);
+        std::copy(keys.cluster_spreads.begin(), keys.cluster_spreads.end(), spreads);
+        MaskTiles mask(*call);
+        for (int64_t row = 0; row < mask.rows(); ++row) mask.classify(row);
+        worker.weights(*call, mask, keys, b, head, tile, weights);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

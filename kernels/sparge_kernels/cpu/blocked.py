@@ -149,13 +149,9 @@ def _prepare_head(
     """Stage 1 and quantization of one query head, q [Sq, D] to out [Sq, Dv]."""
     q = _fp32(q)
     k, v = (x.flatten(0, 1)[None, None, : keys.length] for x in (keys.raw, keys.raw_values))
-    choice: dict[str, Any] = {
-        "thresholds": [thresholds],
-        "is_causal": is_causal,
-        "scale": scale,
-        "predictor": predictor,
-    }
-    kept = select_tiles(q[None, None], k, v, **choice)[0, 0]
+    kept = select_tiles(
+        q[None, None], k, v, thresholds=[thresholds], is_causal=is_causal, scale=scale, predictor=predictor
+    )[0, 0]
     codes = raw = q * scale
     exact = torch.zeros(len(q), dtype=torch.bool)
     if precision == "int8":

@@ -8,6 +8,7 @@
 namespace sparge {
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3 };
+enum Predictor : int32_t { SPARGE = 0, CLUSTERED = 1 };
 
 struct Tensor {  // [batch, heads, tokens, dim], strides in elements
     void* data;
@@ -29,7 +30,7 @@ struct Call {
     uint8_t* kept;      // [batch, q_heads, nQ, nK], or null
     int64_t batch, q_heads, kv_heads, q_len, k_len, dim, value_dim;
     float scale;
-    int32_t dtype, mask_dtype, is_causal, int8, threads;
+    int32_t dtype, mask_dtype, is_causal, int8, predictor, threads;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -2,6 +2,7 @@
 // The numbers are those of predict.py and quantize.py; reference.py has the reasons.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "inputs.h"
@@ -11,6 +12,18 @@ namespace sparge {
 constexpr float OUTLIER_RATIO = 5.0f;  // quantize.py
 constexpr float LARGEST_CODE = 127.0f;
 constexpr int MAX_DIM = 256;  // checks.py
+
+constexpr int CLUSTERS = 4;   // clusters.py
+
+// Means of clusters meet queries in bf16 where the CPU can: a score of 50 nats then errs by some hundredths.
+#if defined(SPARGE_BF16_DOT)
+using ClusterDot = DotBFloat16;
+using ClusterNumber = int32_t;  // 2 channels
+#else
+using ClusterDot = DotFloat;
+using ClusterNumber = float;
+#endif
+constexpr int CHANNELS_PER_NUMBER = sizeof(ClusterNumber) / (std::is_same<ClusterDot, DotFloat>::value ? 4 : 2);
 
 struct KeyTiles {
     int count = 0, dim = 0, value_dim = 0;
@@ -22,9 +35,12 @@ struct KeyTiles {
     std::vector<float> scales;             // [count]
     std::vector<uint8_t> exact;            // [count]: INT8 cannot hold the tile
     std::vector<uint8_t> finite_values;    // [count]
+    std::vector<uint8_t> finite;           // [count]: every number of K and V; their tiles have clusters
     std::vector<int8_t> codes;             // [count][K_TILE][code_dim]
     std::vector<int32_t> starts;           // [count][K_TILE]: -128 * sum of a key's codes, for codes + 128 of Q
     std::vector<int32_t> values;           // [count][K_TILE / 2][value_padded]: pairs of keys in bf16
+    std::vector<ClusterNumber> cluster_means;            // [count][CLUSTERS][padded / CHANNELS_PER_NUMBER]
+    std::vector<float> cluster_sizes, cluster_spreads;  // [count][CLUSTERS]
 
     void resize(const Call& call) {
         count = static_cast<int>(ceil_div(call.k_len, K_TILE));
@@ -39,6 +55,7 @@ struct KeyTiles {
         scales.resize(count);
         exact.resize(count);
         finite_values.resize(count);
+        finite.resize(count);
         if (call.int8) {
             codes.assign(size_t(count) * K_TILE * code_dim, 0);
             starts.assign(size_t(count) * K_TILE, 0);
@@ -46,7 +63,14 @@ struct KeyTiles {
 #if defined(SPARGE_BF16_DOT)
         if (packs_values(call)) values.resize(size_t(count) * K_TILE / 2 * value_padded);
 #endif
+        if (call.predictor == CLUSTERED) {
+            cluster_means.assign(size_t(count) * cluster_numbers(), 0);
+            cluster_sizes.assign(size_t(count) * CLUSTERS, 0.0f);
+            cluster_spreads.assign(size_t(count) * CLUSTERS, 0.0f);
+        }
     }
+
+    int cluster_numbers() const { return CLUSTERS * padded / CHANNELS_PER_NUMBER; }  // of one tile
 
     // Products of weights and values in bf16 wherever the scores are quantized or the inputs no finer.
     static bool packs_values(const Call& call) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "mask.h"
-#include "queries.h"
+#include "weights.h"
 
 namespace sparge {
 
@@ -25,36 +25,90 @@ public:
         int32_t tile;
         MaskKind kind;  // PARTIAL: exact scores, never skipped
     };
-    std::vector<Kept> tiles;  // ascending
-    int visible = 0;          // tiles that are not hidden
+    std::vector<Kept> tiles;   // ascending, once something was kept of the candidates
+    std::vector<Part> parts;   // "clusters": tiles with a part in the softmax, candidates and kept ones
+    int visible = 0;           // tiles that are not hidden
 
-    explicit Selection(int key_tiles) { tiles.reserve(key_tiles), ranked_.reserve(key_tiles); }
+    Selection(const Call& call, int key_tiles) {
+        tiles.reserve(key_tiles), ranked_.reserve(key_tiles);
+        if (call.predictor == CLUSTERED) parts.reserve(key_tiles);
+    }
 
-    void run(
+    // Keeps what is kept without asking; the others are candidates.
+    void sort(
         const Call& call, const QueryTile& query, const KeyTiles& keys, const Thresholds& t, Visible seen,
         const uint8_t* mask_kinds, const float* mask_means) {
         tiles.clear();
+        parts.clear();
         ranked_.clear();
         visible = 0;
-        const bool predictable = query.similarity >= t.similarity;
+        const bool clustered = call.predictor == CLUSTERED;
+        const bool predictable = clustered ? query.similarity == query.similarity : query.similarity >= t.similarity;
         for (int tile = 0; tile < seen.end; ++tile) {
             MaskKind kind = tile >= seen.past ? PARTIAL : mask_kinds ? static_cast<MaskKind>(mask_kinds[tile]) : OPEN;
             if (kind == HIDDEN) continue;
             ++visible;
-            if (kind != PARTIAL && predictable && keys.similarity[tile] >= t.similarity) {
-                float bias = kind == BIASED ? mask_means[tile] : 0;
-                ranked_.push_back({proxy(call, query, keys, tile) + bias, {tile, kind}});
-            } else {
-                tiles.push_back({tile, kind});
-            }
+            const float bias = kind == BIASED ? mask_means[tile] : 0;
+            if (clustered && kind != PARTIAL && keys.finite[tile]) parts.push_back({tile, bias});
+            const bool candidate = kind != PARTIAL && predictable && keys.similarity[tile] >= t.similarity;
+            if (candidate) ranked_.push_back({bias, {tile, kind}});
+            else tiles.push_back({tile, kind});
         }
-        keep_largest(t);
-        std::sort(tiles.begin(), tiles.end(), [](const Kept& a, const Kept& b) { return a.tile < b.tile; });
+    }
+
+    // Whether any candidate can be dropped.
+    bool has_choice(const Thresholds& t) const {
+        return t.topk > 0 ? allowed(t) < ranked_.size() : t.cdf < 1 && !ranked_.empty();
+    }
+
+    void keep_all() { take(ranked_.size()); }
+
+    // Predictor "sparge": the candidates of the largest scores.
+    void keep_largest(const Call& call, const QueryTile& query, const KeyTiles& keys, const Thresholds& t) {
+        float largest = -INF;
+        bool is_number = true;
+        for (Candidate& c : ranked_) {
+            c.score += proxy(call, query, keys, c.kept.tile);
+            is_number &= c.score == c.score;
+            largest = std::max(largest, c.score);
+        }
+        // inf or NaN: the softmax of the proxy is not a number, and nothing can be predicted.
+        if (!is_number || std::fabs(largest) == INF) return keep_all();
+        if (t.topk > 0) return take_best(allowed(t));
+        float mass = 0, reached = 0;
+        for (const Candidate& c : ranked_) mass += std::exp(c.score - largest);
+        auto after = [](const Candidate& a, const Candidate& b) { return b.before(a); };
+        std::make_heap(ranked_.begin(), ranked_.end(), after);
+        auto end = ranked_.end();
+        while (end != ranked_.begin() && reached < t.cdf) {
+            std::pop_heap(ranked_.begin(), end, after);
+            --end;
+            reached += std::exp(end->score - largest) / mass;
+            tiles.push_back(end->kept);
+        }
+        in_order();
+    }
+
+    // Predictor "clusters": all candidates but those of the smallest weights; `weights` [nK] in nats.
+    void drop_smallest(const float* weights, const Thresholds& t) {
+        for (Candidate& c : ranked_) {
+            c.score = weights[c.kept.tile];
+            if (c.score != c.score) return keep_all();
+        }
+        if (t.topk > 0) return take_best(allowed(t));
+        std::sort(ranked_.begin(), ranked_.end(), [](const Candidate& a, const Candidate& b) { return a.before(b); });
+        size_t kept = ranked_.size();
+        float dropped = 0;
+        for (; kept > 0; --kept) {
+            dropped += std::exp(ranked_[kept - 1].score);
+            if (dropped > 1 - t.cdf) break;
+        }
+        take(kept);
     }
 
 private:
     struct Candidate {
-        float score;
+        float score;  // before there is one: the mean of the mask
         Kept kept;
         // Ranks before: the larger score, or of equal ones the lower tile.
         bool before(const Candidate& other) const {
@@ -70,40 +124,24 @@ private:
         return sum(products) * call.scale;
     }
 
-    void take(size_t count) {
-        for (size_t i = 0; i < count; ++i) tiles.push_back(ranked_[i].kept);
+    size_t allowed(const Thresholds& t) const {
+        const double share = std::ceil(static_cast<double>(ranked_.size()) * t.topk - CEIL_SLACK);
+        return std::min(ranked_.size(), static_cast<size_t>(std::max(1.0, share)));
     }
 
-    void keep_largest(const Thresholds& t) {
-        if (ranked_.empty()) return;
-        float largest = -INF;
-        bool is_number = true;
-        for (const Candidate& c : ranked_) {
-            is_number &= c.score == c.score;
-            largest = std::max(largest, c.score);
-        }
-        // inf or NaN: the softmax of the proxy is not a number, and nothing can be predicted.
-        if (!is_number || std::fabs(largest) == INF) return take(ranked_.size());
+    void take_best(size_t count) {
         auto before = [](const Candidate& a, const Candidate& b) { return a.before(b); };
-        if (t.topk > 0) {
-            const double allowed = std::ceil(static_cast<double>(ranked_.size()) * t.topk - CEIL_SLACK);
-            const size_t count = std::min(ranked_.size(), static_cast<size_t>(std::max(1.0, allowed)));
-            if (count < ranked_.size())
-                std::nth_element(ranked_.begin(), ranked_.begin() + count, ranked_.end(), before);
-            return take(count);
-        }
-        if (t.cdf >= 1) return take(ranked_.size());
-        float mass = 0, reached = 0;
-        for (const Candidate& c : ranked_) mass += std::exp(c.score - largest);
-        auto after = [](const Candidate& a, const Candidate& b) { return b.before(a); };
-        std::make_heap(ranked_.begin(), ranked_.end(), after);
-        auto end = ranked_.end();
-        while (end != ranked_.begin() && reached < t.cdf) {
-            std::pop_heap(ranked_.begin(), end, after);
-            --end;
-            reached += std::exp(end->score - largest) / mass;
-            tiles.push_back(end->kept);
-        }
+        if (count < ranked_.size()) std::nth_element(ranked_.begin(), ranked_.begin() + count, ranked_.end(), before);
+        take(count);
+    }
+
+    void take(size_t count) {
+        for (size_t i = 0; i < count; ++i) tiles.push_back(ranked_[i].kept);
+        in_order();
+    }
+
+    void in_order() {
+        std::sort(tiles.begin(), tiles.end(), [](const Kept& a, const Kept& b) { return a.tile < b.tile; });
     }
 };
 

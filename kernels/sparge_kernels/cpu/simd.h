@@ -105,6 +105,12 @@ inline Ints pack_bf16(Floats even, Floats odd) {
     __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
     return reinterpret_cast<Ints>(_mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(both)));
 }
+
+// `first` and `second` as bf16, one after the other.
+inline void store_bf16(int32_t* p, Floats first, Floats second) {
+    __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+    store(p, reinterpret_cast<Ints>(both));
+}
 #endif
 
 // While it lives, this thread's small numbers are not flushed to zero: torch.set_flush_denormal, or a library built
@@ -178,6 +184,28 @@ inline Floats exp2(Floats x) {
     Floats power = reinterpret_cast<Floats>((whole + 127) << 23);
     return select(x < -126.0f, splat(0.0f), value * power);  // a NaN compares false and stays
 #endif
+}
+
+// log2(x) for normal x > 0, -inf for 0, NaN for NaN; within 1.2e-4.
+inline Floats log2(Floats x) {
+#if defined(SPARGE_AVX512)
+    const Floats exponent = reinterpret_cast<Floats>(_mm512_getexp_ps(reinterpret_cast<__m512>(x)));
+    const Floats mantissa = reinterpret_cast<Floats>(
+        _mm512_getmant_ps(reinterpret_cast<__m512>(x), _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src));
+#else
+    const Ints bits = reinterpret_cast<Ints>(x);
+    const Floats exponent = to_floats((bits >> 23) - 127);
+    const Floats mantissa = reinterpret_cast<Floats>((bits & 0x007fffff) | 0x3f800000);
+#endif
+    Floats value = mantissa * -7.844067621e-2f + 6.260321822e-1f;
+    value = value * mantissa - 2.078335168f;
+    value = value * mantissa + 4.029211391f;
+    value = value * mantissa - 2.498353149f + exponent;
+#if !defined(SPARGE_AVX512)
+    value = select(x > 0.0f, value, splat(-INF));
+    value = select(x < INF, value, x);  // infinity and NaN
+#endif
+    return value;
 }
 
 }  // namespace sparge

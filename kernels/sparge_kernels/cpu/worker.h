@@ -1,14 +1,17 @@
 // One thread's work on a tile of 128 queries: stage 1 selects its K tiles, an online softmax runs over them (stage 2).
 // Each query is one vector lane: what a lane computes from the tiles it keeps depends on no other query.
+// The scores are in scores.h, softmax and output in softmax.h.
 #pragma once
 
+#include "clusters.h"
 #include "selection.h"
 
 namespace sparge {
 
 // Weights are exp2(score - base). base stays this far above the running maximum when it is raised, so it moves rarely.
 constexpr float HEADROOM = 8.0f;
-constexpr int OFFSETS = 16;  // K tiles whose q . mean is computed at a time
+constexpr int DIAGONAL = Q_TILE / K_TILE;  // K tiles that a causal query tile sees in part, at most
+constexpr int OFFSETS = 16;                // K tiles whose q . mean is computed at a time
 
 struct Task {  // what one query tile of one head works on
     const Call& call;
@@ -17,21 +20,32 @@ struct Task {  // what one query tile of one head works on
     Rows k, v;
     int64_t b, h, first_query;
     float skip_below;  // stage 2, in bits
+
+    // The first group with a query that sees any of the tile.
+    int first_group(int tile) const {
+        const int64_t before = call.is_causal ? int64_t(tile) * K_TILE - first_query : 0;
+        return before > 0 ? static_cast<int>(before) / GROUP * GROUP : 0;
+    }
 };
 
 class Worker {
 public:
     explicit Worker(const Call& call)
-        : query_(call), selection_(static_cast<int>(ceil_div(call.k_len, K_TILE))), scores_(K_TILE * Q_TILE),
-          exact_scores_(K_TILE * GROUP), weights_(K_TILE * Q_TILE), output_(round_up(call.value_dim, LANES) * Q_TILE),
+        : query_(call), selection_(call, static_cast<int>(ceil_div(call.k_len, K_TILE))), weights_of_tiles_(call),
+          scores_(K_TILE * Q_TILE), exact_scores_(K_TILE * GROUP), weights_(K_TILE * Q_TILE),
+          output_(round_up(call.value_dim, LANES) * Q_TILE),
           lines_(std::max({round_up(call.dim, LANES), round_up(call.value_dim, LANES), K_TILE}) * Q_TILE),
           offsets_(OFFSETS * Q_TILE), means_(OFFSETS * round_up(call.dim, LANES)), code_factor_(Q_TILE),
+          diagonal_(call.is_causal && call.predictor == CLUSTERED ? DIAGONAL * (K_TILE + 1) * Q_TILE : 0),
           running_(Q_TILE), base_(Q_TILE), mass_(Q_TILE), tile_max_(Q_TILE), decay_(Q_TILE) {}
 
     // K and V of one tile, in the two passes of keys.h.
     void load_keys(const Call& call, KeyTiles& keys, int64_t b, int64_t h, int tile) {
         tile_mean(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
         pack_values(call, Rows(call.v, b, h, call.value_dim, call.dtype), keys, tile, lines_);
+        keys.finite[tile] = keys.similarity[tile] == 0.0f && keys.finite_values[tile];
+        if (call.predictor == CLUSTERED && keys.finite[tile])
+            cluster_tile(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
     }
     void quantize_keys(const Call& call, KeyTiles& keys, int64_t b, int64_t h, int tile) {
         quantize_tile(call, Rows(call.k, b, h, call.dim, call.dtype), keys, tile, lines_);
@@ -41,9 +55,14 @@ public:
     void run(
         const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, int32_t* counts);
 
+    // For tests: ln of the weights of the K tiles of one query tile, [nK]; -inf where a tile has no part.
+    void weights(
+        const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, float* out);
+
 private:
     QueryTile query_;
     Selection selection_;
+    TileWeights weights_of_tiles_;
     Aligned<float> scores_;        // [groups][K_TILE][GROUP], bits
     Aligned<float> exact_scores_;  // [K_TILE][GROUP]
     Aligned<float> weights_;       // pairs of keys in bf16, [K_TILE / 2][GROUP] at each group; in fp32: scores_
@@ -52,259 +71,90 @@ private:
     Aligned<float> offsets_;       // [OFFSETS][Q_TILE]: q . mean in bits
     Aligned<float> means_;         // [OFFSETS][padded]
     Aligned<float> code_factor_;   // [GROUP]: with the K tile's scale
+    Aligned<float> diagonal_;      // [DIAGONAL]: scores_ and tile_max_ as stage 1 left them for stage 2
+    bool has_diagonal_ = false;
     Aligned<float> running_, base_, mass_, tile_max_, decay_;  // [Q_TILE]
 
+    void sort_tiles(const Task& task, Visible seen);
+    void choose_tiles(const Task& task, Visible seen);
+    const float* weigh_tiles(const Task& task, Visible seen);
+    void score_diagonal(const Task& task, Visible seen);
+    void recall_diagonal(int which, int group);
+    // scores.h
     void mean_offsets(const KeyTiles& keys, const Selection::Kept* tiles, int count);
     void score_tile(const Task& task, Selection::Kept kept, const float* offset, int group);
     void exact_group(const Task& task, int tile, int group, float* out, float* maxima);
     void blend_exact_rows(const Task& task, int tile, int group);
     void add_mask(const Task& task, int tile, int group);
     void hide_future(const Task& task, int tile, int group);
+    // softmax.h
     bool weigh(int group, bool keep, bool pack, float* gap);
     void add_values(const Task& task, int tile, int first_group, const bool* rescale);
     void add_non_finite(const Task& task, int tile);
     void write(const Task& task);
 };
 
-// offsets_[i][query] = scale * q . mean of tile i, in bits: what centring took from the scores.
-inline void Worker::mean_offsets(const KeyTiles& keys, const Selection::Kept* tiles, int count) {
-    for (int i = 0; i < count; ++i)
-        std::memcpy(
-            means_ + i * keys.padded, &keys.means[size_t(tiles[i].tile) * keys.padded], sizeof(float) * keys.padded);
-    for (int group = 0; group < Q_TILE; group += GROUP) {
-        score_group<DotFloat>(
-            {means_, keys.padded, 1}, query_.wide + group, keys.dim, nullptr, query_.factor + group,
-            query_.offset + group, count, scores_, tile_max_);
-        for (int i = 0; i < count; ++i)
-            std::memcpy(offsets_ + i * Q_TILE + group, scores_ + i * GROUP, sizeof(float) * GROUP);
-    }
+inline Task task_of(const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile) {
+    const int64_t kv_head = h / (call.q_heads / call.kv_heads);
+    return {
+        call, keys, mask, Rows(call.k, b, kv_head, call.dim, call.dtype),
+        Rows(call.v, b, kv_head, call.value_dim, call.dtype), b, h, int64_t(tile) * Q_TILE,
+        call.thresholds[h].skip_below * LOG2_E};
 }
 
-inline void Worker::exact_group(const Task& task, int tile, int group, float* out, float* maxima) {
-    ptrdiff_t stride;
-    int count = keys_in_tile(task.call, tile);
-    const float* rows = task.k.get_many(int64_t(tile) * K_TILE, count, lines_, &stride);
-    score_group<DotFloat>(
-        {rows, stride, 1}, query_.wide + group, task.keys.dim, nullptr, query_.factor + group, query_.offset + group,
-        count, out, maxima);
+inline void Worker::sort_tiles(const Task& task, Visible seen) {
+    const MaskTiles& mask = task.mask;
+    const bool has_mask = task.call.mask.data != nullptr, has_means = has_mask && !mask.means.empty();
+    const int64_t at = has_mask ? mask.at(task.b, task.h, static_cast<int>(task.first_query / Q_TILE)) : 0;
+    selection_.sort(
+        task.call, query_, task.keys, task.call.thresholds[task.h], seen, has_mask ? &mask.kinds[at] : nullptr,
+        has_means ? &mask.means[at] : nullptr);
 }
 
-// Scores of one K tile and the GROUP queries from `group` on, in bits, -inf where a key is not seen; and their maxima.
-inline void Worker::score_tile(const Task& task, Selection::Kept kept, const float* offset, int group) {
-    const KeyTiles& keys = task.keys;
-    const int tile = kept.tile, count = keys_in_tile(task.call, tile);
-    float* scores = scores_ + group * K_TILE;
-    float* maxima = tile_max_ + group;
-    for (int i = 0; i < GROUP; i += LANES) store(maxima + i, splat(-INF));
-    for (int i = count * GROUP; i < K_TILE * GROUP; i += LANES) store(scores + i, splat(-INF));
-    if (!task.call.int8 || kept.kind == PARTIAL || keys.exact[tile]) {
-        exact_group(task, tile, group, scores, maxima);
-    } else {
-        for (int i = 0; i < GROUP; i += LANES)
-            store(code_factor_ + i, load(query_.code_factor + group + i) * keys.scales[tile]);
-        const int8_t* codes = &keys.codes[size_t(tile) * K_TILE * keys.code_dim];
-#if defined(SPARGE_INT8_DOT)
-        const int granules = keys.code_dim / 4;
-        score_group<DotInt8>(
-            {reinterpret_cast<const Granule*>(codes), granules, 1},
-            reinterpret_cast<const Granule*>(query_.codes + group), granules, &keys.starts[size_t(tile) * K_TILE],
-            code_factor_, offset + group, count, scores, maxima);
-#else
-        for (int i = 0; i < count * keys.code_dim; ++i) lines_[i] = codes[i];
-        score_group<DotFloat>(
-            {lines_, keys.code_dim, 1}, query_.codes + group, keys.dim, nullptr, code_factor_, offset + group, count,
-            scores, maxima);
-#endif
-        if (query_.any_exact) blend_exact_rows(task, tile, group);
-    }
-    if (task.call.mask.data && kept.kind != OPEN) add_mask(task, tile, group);
-    if (task.call.is_causal && kept.kind == PARTIAL) hide_future(task, tile, group);
-}
-
-// Rows that INT8 cannot hold get the exact product; the others keep theirs to the bit.
-inline void Worker::blend_exact_rows(const Task& task, int tile, int group) {
-    float* scores = scores_ + group * K_TILE;
-    float* maxima = tile_max_ + group;
-    float ignored[GROUP] = {};
-    exact_group(task, tile, group, exact_scores_, ignored);
-    for (int i = 0; i < GROUP; i += LANES) {
-        const Ints exact = *reinterpret_cast<const Ints*>(query_.exact + group + i);
-        Floats largest = splat(-INF);
-        for (int at = i; at < keys_in_tile(task.call, tile) * GROUP; at += GROUP) {
-            store(scores + at, select(exact, load(exact_scores_ + at), load(scores + at)));
-            largest = maximum(load(scores + at), largest);
-        }
-        store(maxima + i, largest);
-    }
-}
-
-// Nats to bits. The largest numbers, with which masks hide keys too, stay numbers: only -inf is nothing at all.
-inline Floats to_bits(Floats nats) {
-    const Floats most = splat(std::numeric_limits<float>::max());
-    const Floats bits = nats * LOG2_E;
-    return select(is_finite(nats), -maximum(-maximum(bits, -most), -most), bits);
-}
-
-inline void Worker::add_mask(const Task& task, int tile, int group) {
-    const int count = keys_in_tile(task.call, tile), rows = std::min(GROUP, query_.rows - group);
-    float* scores = scores_ + group * K_TILE;
-    float* numbers = lines_;                      // [GROUP][K_TILE]
-    float* transposed = lines_ + GROUP * K_TILE;  // [K_TILE][GROUP]
-    std::memset(numbers, 0, sizeof(float) * GROUP * K_TILE);
-    for (int i = 0; i < rows; ++i)
-        task.mask.read(
-            task.b, task.h, task.first_query + group + i, int64_t(tile) * K_TILE, count, numbers + i * K_TILE);
-    transpose(numbers, GROUP, K_TILE, K_TILE, transposed, GROUP);
-    for (int i = 0; i < GROUP; i += LANES) {
-        Floats largest = splat(-INF);
-        for (int at = i; at < count * GROUP; at += GROUP) {
-            store(scores + at, to_bits(load(transposed + at)) + load(scores + at));
-            largest = maximum(load(scores + at), largest);
-        }
-        store(tile_max_ + group + i, largest);
-    }
-}
-
-inline void Worker::hide_future(const Task& task, int tile, int group) {
-    float* scores = scores_ + group * K_TILE;
-    for (int i = 0; i < GROUP; i += LANES) {
-        Ints last_seen;  // of the tile's keys
-        for (int lane = 0; lane < LANES; ++lane)
-            last_seen[lane] = static_cast<int32_t>(task.first_query + group + i + lane - int64_t(tile) * K_TILE);
-        Floats largest = splat(-INF);
-        for (int key = 0; key < K_TILE; ++key) {
-            float* at = scores + key * GROUP + i;
-            store(at, select(splat(key) <= last_seen, load(at), splat(-INF)));
-            largest = maximum(load(at), largest);
-        }
-        store(tile_max_ + group + i, largest);
-    }
-}
-
-// Scores to weights for one group: advances the running softmax; true if the output must decay before it grows.
-// `gap` is raised to the largest of tile maximum - running maximum. `keep`: leave the fp32 weights in scores_.
-inline bool Worker::weigh(int group, [[maybe_unused]] bool keep, bool pack, float* gap) {
-    float* scores = scores_ + group * K_TILE;
-    Floats largest_gap = splat(-INF);
-    Ints raised_any{};
-    for (int i = 0; i < GROUP; i += LANES) {
-        float *running = running_ + group + i, *base = base_ + group + i;
-        Floats tile_max = load(tile_max_ + group + i), old_base = load(base);
-        Floats new_max = maximum(load(running), tile_max);
-        largest_gap = maximum(tile_max - new_max, largest_gap);
-        Ints raised = new_max > old_base;
-        Floats new_base = select(raised, new_max + HEADROOM, old_base);
-        Floats decay = select(raised, exp2<true>(old_base - new_base), splat(1.0f));
-        store(running, new_max);
-        store(base, new_base);
-        store(decay_ + group + i, decay);
-        raised_any |= raised;
-
-        Floats shift = select(new_base == -INF, splat(0.0f), new_base);
-        Floats mass = load(mass_ + group + i) * decay;
-        float* column = scores + i;
-#if defined(SPARGE_BF16_DOT)
-        if (pack) {
-            int32_t* pairs = reinterpret_cast<int32_t*>(weights_ + group * K_TILE);
-            for (int key = 0; key < K_TILE; key += 2) {
-                Floats even = exp2<false>(load(column + key * GROUP) - shift);
-                Floats odd = exp2<false>(load(column + (key + 1) * GROUP) - shift);
-                mass += even + odd;
-                if (keep) store(column + key * GROUP, even), store(column + (key + 1) * GROUP, odd);
-                store(pairs + key / 2 * GROUP + i, pack_bf16(even, odd));
-            }
-        }
-#endif
-        if (!pack)
-            for (int key = 0; key < K_TILE; ++key) {
-                Floats weight = exp2<true>(load(column + key * GROUP) - shift);
-                mass += weight;
-                store(column + key * GROUP, weight);
-            }
-        store(mass_ + group + i, mass);
-    }
-    for (int lane = 0; lane < LANES; ++lane) *gap = largest_gap[lane] > *gap ? largest_gap[lane] : *gap;
-    return any(raised_any);
-}
-
-inline void Worker::add_values(const Task& task, int tile, int first_group, const bool* rescale) {
-    const KeyTiles& keys = task.keys;
-    const int dim = keys.value_dim;
-#if defined(SPARGE_BF16_DOT)
-    if (KeyTiles::packs_values(task.call)) {
-        const int32_t* values = &keys.values[size_t(tile) * K_TILE / 2 * keys.value_padded];
-        for (int group = first_group; group < Q_TILE; group += GROUP)
-            value_group<DotBFloat16>(
-                {values, 1, keys.value_padded}, reinterpret_cast<const Granule*>(weights_ + group * K_TILE), K_TILE / 2,
-                rescale[group / GROUP] ? decay_ + group : nullptr, dim, output_ + group);
-        return;
-    }
-#endif
-    ptrdiff_t stride;
-    const int count = keys_in_tile(task.call, tile);
-    const float* values = task.v.get_many(int64_t(tile) * K_TILE, count, lines_, &stride);
-    if (!keys.finite_values[tile]) {
-        for (int key = 0; key < count; ++key)
-            for (int d = 0; d < dim; ++d)
-                lines_[key * dim + d] = std::fabs(values[key * stride + d]) < INF ? values[key * stride + d] : 0.0f;
-        values = lines_, stride = dim;
-    }
-    for (int group = first_group; group < Q_TILE; group += GROUP)
-        value_group<DotFloat>(
-            {values, 1, stride}, scores_ + group * K_TILE, count, rescale[group / GROUP] ? decay_ + group : nullptr,
-            dim, output_ + group);
-}
-
-// What the numbers of V that are not finite add, each to the queries that see its key only (spread_non_finite).
-inline void Worker::add_non_finite(const Task& task, int tile) {
-    const int count = keys_in_tile(task.call, tile), dim = task.keys.value_dim;
-    float row[MAX_DIM];
-    for (int key = 0; key < count; ++key) {
-        task.v.get(int64_t(tile) * K_TILE + key, row);
-        for (int d = 0; d < dim; ++d) {
-            if (std::fabs(row[d]) < INF) continue;
-            const int64_t hidden = task.call.is_causal ? int64_t(tile) * K_TILE + key - task.first_query : 0;
-            for (int i = 0; i < Q_TILE; i += LANES) {
-                if (i + LANES <= hidden) continue;
-                Floats weight = load(scores_ + i / GROUP * GROUP * K_TILE + key * GROUP + i % GROUP);
-                Floats effect = select(weight != 0.0f, splat(row[d]), splat(NAN));
-                for (int lane = 0; i + lane < hidden && lane < LANES; ++lane) effect[lane] = 0;
-                store(output_ + d * Q_TILE + i, load(output_ + d * Q_TILE + i) + effect);
-            }
-        }
-    }
-}
-
-inline void Worker::write(const Task& task) {
+// Stage 1.
+inline void Worker::choose_tiles(const Task& task, Visible seen) {
     const Call& call = task.call;
-    const int dim = static_cast<int>(call.value_dim), padded = round_up(dim, LANES);
-    for (int i = 0; i < Q_TILE; i += LANES) {
-        Floats mass = load(mass_ + i);
-        mass = select(mass == 0.0f, splat(1.0f), mass);
-        for (int d = 0; d < dim; ++d) store(output_ + d * Q_TILE + i, load(output_ + d * Q_TILE + i) / mass);
+    const Thresholds& t = call.thresholds[task.h];
+    has_diagonal_ = false;
+    if (!selection_.has_choice(t)) return selection_.keep_all();
+    if (call.predictor == SPARGE) return selection_.keep_largest(call, query_, task.keys, t);
+    selection_.drop_smallest(weigh_tiles(task, seen), t);
+}
+
+// ln of the weights of the tiles with a part in the softmax, [nK].
+inline const float* Worker::weigh_tiles(const Task& task, Visible seen) {
+    weights_of_tiles_.start(task.call, query_, task.keys.padded);
+    if (task.call.is_causal) score_diagonal(task, seen);
+    return weights_of_tiles_.run(query_, task.keys, selection_.parts);
+}
+
+// The diagonal's keys have their exact part in the rows' masses. Their scores are kept for stage 2.
+inline void Worker::score_diagonal(const Task& task, Visible seen) {
+    has_diagonal_ = true;
+    for (int tile = seen.past; tile < seen.end; ++tile) {
+        float* saved = diagonal_ + (tile - seen.past) * (K_TILE + 1) * Q_TILE;
+        for (int group = task.first_group(tile); group < Q_TILE; group += GROUP) {
+            score_tile(task, {tile, PARTIAL}, nullptr, group);
+            weights_of_tiles_.add_keys(group, scores_ + group * K_TILE, tile_max_ + group, K_TILE);
+            std::memcpy(saved + group * K_TILE, scores_ + group * K_TILE, sizeof(float) * GROUP * K_TILE);
+            std::memcpy(saved + K_TILE * Q_TILE + group, tile_max_ + group, sizeof(float) * GROUP);
+        }
     }
-    transpose(output_, padded, Q_TILE, Q_TILE, lines_, padded);
-    const int64_t* strides = call.out.strides;
-    const int64_t start = task.b * strides[0] + task.h * strides[1];
-    for (int i = 0; i < query_.rows; ++i)
-        write_row(
-            call.out.data, start + (task.first_query + i) * strides[2], strides[3], dim, call.dtype,
-            lines_ + i * padded);
+}
+
+inline void Worker::recall_diagonal(int which, int group) {
+    const float* saved = diagonal_ + which * (K_TILE + 1) * Q_TILE;
+    std::memcpy(scores_ + group * K_TILE, saved + group * K_TILE, sizeof(float) * GROUP * K_TILE);
+    std::memcpy(tile_max_ + group, saved + K_TILE * Q_TILE + group, sizeof(float) * GROUP);
 }
 
 inline void Worker::run(
     const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, int32_t* counts) {
-    const int64_t kv_head = h / (call.q_heads / call.kv_heads);
-    const Thresholds& thresholds = call.thresholds[h];
-    const Task task{
-        call, keys, mask, Rows(call.k, b, kv_head, call.dim, call.dtype),
-        Rows(call.v, b, kv_head, call.value_dim, call.dtype), b, h, int64_t(tile) * Q_TILE,
-        thresholds.skip_below * LOG2_E};
+    const Task task = task_of(call, mask, keys, b, h, tile);
     query_.prepare(call, Rows(call.q, b, h, call.dim, call.dtype), tile);
-    const bool has_mask = call.mask.data != nullptr, has_means = has_mask && !mask.means.empty();
-    selection_.run(
-        call, query_, keys, thresholds, Visible(call, tile, query_.rows, keys.count),
-        has_mask ? &mask.kinds[mask.at(b, h, tile)] : nullptr, has_means ? &mask.means[mask.at(b, h, tile)] : nullptr);
+    const Visible seen(call, tile, query_.rows, keys.count);
+    sort_tiles(task, seen);
+    choose_tiles(task, seen);
     const std::vector<Selection::Kept>& tiles = selection_.tiles;
     if (call.kept) {
         uint8_t* map = call.kept + ((b * call.q_heads + h) * mask.query_tiles + tile) * keys.count;
@@ -321,13 +171,12 @@ inline void Worker::run(
             mean_offsets(keys, &tiles[at], static_cast<int>(std::min<size_t>(OFFSETS, tiles.size() - at)));
         const Selection::Kept kept = tiles[at];
         const bool finite = keys.finite_values[kept.tile];
-        // Queries before the tile see none of it under causal.
-        const int64_t before = call.is_causal ? int64_t(kept.tile) * K_TILE - task.first_query : 0;
-        const int first_group = before > 0 ? static_cast<int>(before) / GROUP * GROUP : 0;
+        const int first_group = task.first_group(kept.tile);
         float gap = -INF;
         bool rescale[Q_TILE / GROUP];
         for (int group = first_group; group < Q_TILE; group += GROUP) {
-            score_tile(task, kept, offsets_ + at % OFFSETS * Q_TILE, group);
+            if (has_diagonal_ && kept.tile >= seen.past) recall_diagonal(kept.tile - seen.past, group);
+            else score_tile(task, kept, offsets_ + at % OFFSETS * Q_TILE, group);
             rescale[group / GROUP] = weigh(group, !finite, pack, &gap);
         }
         if (kept.kind != PARTIAL && finite && gap < task.skip_below) {
@@ -341,6 +190,17 @@ inline void Worker::run(
     counts[0] = static_cast<int32_t>(tiles.size());
     counts[1] = skipped;
     counts[2] = selection_.visible;
+}
+
+inline void Worker::weights(
+    const Call& call, const MaskTiles& mask, const KeyTiles& keys, int64_t b, int64_t h, int tile, float* out) {
+    const Task task = task_of(call, mask, keys, b, h, tile);
+    query_.prepare(call, Rows(call.q, b, h, call.dim, call.dtype), tile);
+    const Visible seen(call, tile, query_.rows, keys.count);
+    sort_tiles(task, seen);
+    const float* weights = weigh_tiles(task, seen);
+    std::fill(out, out + keys.count, -INF);
+    for (Part part : selection_.parts) out[part.tile] = weights[part.tile];
 }
 
 }  // namespace sparge
