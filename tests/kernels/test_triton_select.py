@@ -21,6 +21,7 @@ from sparge_kernels.triton import select
 from sparge_kernels.triton.keys import KeyTiles, prepare_keys
 from sparge_kernels.triton.mask import BIASED, HIDDEN, OPEN, PARTIAL, MaskTiles, classify_mask
 from sparge_kernels.triton.queries import QueryTiles, prepare_queries
+from sparge_kernels.triton.weights import weigh_tiles
 from workloads import smooth_field
 
 assert poisoned_memory
@@ -31,6 +32,8 @@ pytestmark = [
 LIGHT = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 INF, NAN = float("inf"), float("nan")
 MOST = Thresholds(topk=None, cdf=0.9, similarity=-1.0, pv=None)
+BOUNDARY = 0.1  # nats between weights that rounding may exchange
+both_predictors = pytest.mark.parametrize("predictor", ["clusters", "sparge"])
 KINDS = [int(getattr(kind, "value", kind)) for kind in (HIDDEN, OPEN, BIASED, PARTIAL)]
 
 
@@ -60,17 +63,33 @@ def listed(selection: select.Selection) -> Tensor:
     return kept.scatter_add(-1, torch.where(in_list, tiles, tiles.shape[-1]).long(), in_list.int())[..., :-1] == 1
 
 
+def assert_near_the_boundary(actual: Tensor, prediction: predict.Prediction, kept: Tensor) -> None:
+    """The weights of the tiles that differ from `kept` are the smallest kept or the largest dropped, but for rounding.
+
+    What the boundary is, the maps together say: all tiles that differ lie on it.
+    """
+    weights, differ = prediction.scores, actual != kept
+    lowest, highest = (weights.masked_fill(~differ, fill) for fill in (INF, -INF))
+    assert not (weights.isnan() & differ).any()
+    assert (highest.amax(-1) - lowest.amin(-1))[differ.any(-1)].le(BOUNDARY).all()
+    largest_dropped = weights.masked_fill(kept | ~prediction.whole, -INF).amax(-1)
+    assert (highest.amax(-1) - largest_dropped)[differ.any(-1)].le(BOUNDARY).all()
+
+
 def assert_selects_as_specified(
-    q: Tensor, k: Tensor, v: Tensor, threshold: Thresholds, mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, threshold: Thresholds, mask: Tensor | None = None, is_causal: bool = False,
+    predictor: str = "clusters",
+) -> Tensor:  # fmt: skip
     """All of stage 1 of the GPU kernels against predict.select_tiles. Returns the kept tiles."""
     (batch, heads, q_len, dim), k_len, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
-    keys = prepare_keys(on_device(k), on_device(v), is_causal=is_causal, quantized=True)
+    clustered = predictor == "clusters"
+    keys = prepare_keys(on_device(k), on_device(v), is_causal=is_causal, quantized=True, clustered=clustered)
     queries = prepare_queries(on_device(q), keys.centre, group, sign=1)
     mask_tiles = None if mask is None else classify_mask(on_device(mask), q_len, k_len)
     options = {"is_causal": is_causal, "scale": dim**-0.5}
+    weights = weigh_tiles(on_device(q), on_device(k), keys.clusters, mask_tiles, **options) if clustered else None
     selection = select.select_tiles(
-        queries, keys, mask_tiles, on_gpu_numbers([threshold] * heads), q_len=q_len, k_len=k_len,
+        queries, keys, mask_tiles, on_gpu_numbers([threshold] * heads), q_len=q_len, k_len=k_len, weights=weights,
         **options,
     )  # fmt: skip
     shape = (batch, heads, q_len, k_len)
@@ -80,12 +99,14 @@ def assert_selects_as_specified(
         additive = masks.additive_mask(mask, torch.float32).expand(shape)
         tiles = masks.mask_tiles(additive)
     wide = (q.float(), k.float(), v.float())
-    kept = predict.select_tiles(
-        *wide, thresholds=[threshold] * heads, mask=None if mask is None else additive, **options
-    )
+    prediction = predict.predict(*wide, mask=None if mask is None else additive, predictor=predictor, **options)
+    kept = torch.stack([prediction.keep(head, threshold) for head in range(heads)], 1)
     actual = listed(selection)
     if not torch.equal(actual, kept):
-        assert_rounding_decides(actual, *wide, [threshold], attn_mask=mask, **options)
+        if clustered:
+            assert_near_the_boundary(actual, prediction, kept)
+        else:
+            assert_rounding_decides(actual, *wide, [threshold], attn_mask=mask, predictor=predictor, **options)
     ragged = torch.arange(kept.shape[-1]) * K_TILE + K_TILE > k_len
     flagged = (keys.flags.cpu() != 0).repeat_interleave(group, 1)[:, :, None]
     exact = tiles.partial | tiles.biased | ragged | flagged
@@ -94,45 +115,52 @@ def assert_selects_as_specified(
 
 
 @both_causal
+@both_predictors
 @pytest.mark.parametrize("threshold", [HALF, DEFAULT], ids=["half", "default"])
 @pytest.mark.parametrize("q_len, k_len", [(1, 1), (1, 257), (257, 1), (129, 321), (400, 130)], ids=str)
-def test_lengths(is_causal, threshold, q_len, k_len):
+def test_lengths(is_causal, predictor, threshold, q_len, k_len):
     q, k, v = random_qkv(q_len, k_len, heads=2, kv_heads=1, dim=24)
-    assert_selects_as_specified(3 * q, k, v, threshold, is_causal=is_causal)
+    assert_selects_as_specified(3 * q, k, v, threshold, is_causal=is_causal, predictor=predictor)
 
 
-@settings(LIGHT, max_examples=12)
+@settings(LIGHT, max_examples=16)
 @given(
     q_len=st.integers(1, 257), k_len=st.integers(1, 400), heads=st.sampled_from([(1, 1), (3, 1), (4, 2)]),
     dim=st.sampled_from([1, 17, 64, 130]), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     topk=st.sampled_from([None, 0.1, 0.5]), cdf=st.sampled_from([0.3, 0.9, 1.0]),
     similarity=st.sampled_from([-1.0, 0.02, 0.03]), is_causal=st.booleans(),
+    predictor=st.sampled_from(["clusters", "sparge"]),
 )  # fmt: skip
-def test_sizes_types_and_thresholds(q_len, k_len, heads, dim, dtype, topk, cdf, similarity, is_causal):
+def test_sizes_types_and_thresholds(q_len, k_len, heads, dim, dtype, topk, cdf, similarity, is_causal, predictor):
     q, k, v = random_qkv(q_len, k_len, heads=heads[0], kv_heads=heads[1], dim=dim, value_dim=2, dtype=dtype)
-    assert_selects_as_specified(q, k, v, Thresholds(topk, cdf, similarity, None), is_causal=is_causal)
+    threshold = Thresholds(topk, cdf, similarity, None)
+    assert_selects_as_specified(q, k, v, threshold, is_causal=is_causal, predictor=predictor)
 
 
+@both_predictors
 @pytest.mark.parametrize("name", ["per-head-queries", "padding", "documents", "alibi", "bias-of-keys", "minus-inf"])
-def test_masks(name):
+def test_masks(name, predictor):
     q, k, v = random_qkv(140, 333, heads=2, batch=2, dim=8)
-    assert_selects_as_specified(q, k, v, MOST, mask=MASKS[name](2, 2, 140, 333))
+    assert_selects_as_specified(q, k, v, MOST, mask=MASKS[name](2, 2, 140, 333), predictor=predictor)
 
 
 @both_causal
+@both_predictors
 @pytest.mark.parametrize("threshold", [Thresholds(None, 0.8, 0.5, None), replace(HALF, topk=0.07)], ids=["cdf", "topk"])
-def test_smooth_fields_where_prediction_pays(is_causal, threshold):
-    kept = assert_selects_as_specified(*smooth_field((1, 12, 128), heads=1), threshold, is_causal=is_causal)
+def test_smooth_fields_where_prediction_pays(is_causal, predictor, threshold):
+    inputs = smooth_field((1, 12, 128), heads=1, gain=8.0)
+    kept = assert_selects_as_specified(*inputs, threshold, is_causal=is_causal, predictor=predictor)
     assert kept.float().mean() < 0.75
 
 
 @both_causal
+@both_predictors
 @pytest.mark.parametrize("which", "qkv")
-def test_a_number_that_is_not_finite_spoils_the_prediction_of_its_own_tiles(which, is_causal):
+def test_a_number_that_is_not_finite_spoils_the_prediction_of_its_own_tiles(which, predictor, is_causal):
     tensors = dict(zip("qkv", random_qkv(300, 300, dim=4), strict=True))
     tensors[which][0, 0, 200, 3], tensors[which][0, 1, 70, 0] = INF, NAN
     for threshold in (replace(HALF, topk=0.1), KEEP_ALL):
-        assert_selects_as_specified(*tensors.values(), threshold, is_causal=is_causal)
+        assert_selects_as_specified(*tensors.values(), threshold, is_causal=is_causal, predictor=predictor)
 
 
 def crafted(scores: Tensor, q_similarity: Tensor, k_similarity: Tensor, kind: Tensor, flags: Tensor):
@@ -149,7 +177,7 @@ def crafted(scores: Tensor, q_similarity: Tensor, k_similarity: Tensor, kind: Te
     return queries, keys, MaskTiles(kind.to(torch.int8).to(DEVICE), scores[None, None].to(DEVICE))
 
 
-@settings(LIGHT, max_examples=40)
+@settings(LIGHT, max_examples=60)
 @given(
     n_q=st.integers(1, 2),
     n_k=st.sampled_from([1, 2, 31, 32, 33, 64, 100, 257, 513, 1000]),
@@ -169,9 +197,10 @@ def crafted(scores: Tensor, q_similarity: Tensor, k_similarity: Tensor, kind: Te
     topk=st.sampled_from([None, None, 0.01, 0.07, 0.3, 1 / 3, 0.55, 1.0]),
     cdf=st.sampled_from([1e-6, 0.3, 0.5, 0.9, 0.999, 1.0]),
     similarity=st.sampled_from([-1.0, 0.5]),
+    weighed=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_scores_similarities_and_kinds(n_q, n_k, numbers, topk, cdf, similarity, seed):
+def test_any_scores_similarities_and_kinds(n_q, n_k, numbers, topk, cdf, similarity, weighed, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def pick(values: list[float], *shape: int) -> Tensor:
@@ -184,19 +213,21 @@ def test_any_scores_similarities_and_kinds(n_q, n_k, numbers, topk, cdf, similar
     threshold = Thresholds(topk, cdf, similarity, None)
     k_len = n_k * K_TILE - seed % 2
     tiles = crafted(scores, q_similarity, k_similarity, kind, flags)
+    weights = scores[None, None].clone().to(DEVICE) if weighed else None
     selection = select.select_tiles(
         *tiles, on_gpu_numbers([threshold]), is_causal=False, scale=-1.0, q_len=n_q * Q_TILE, k_len=k_len,
+        weights=weights,
     )  # fmt: skip
 
     hidden, partial, biased = (kind[0, 0] == one for one in (KINDS[0], KINDS[3], KINDS[2]))
-    whole, predictable_q = ~hidden & ~partial, (q_similarity[0, 0] >= similarity)[:, None]
+    whole, predictable_q = ~hidden & ~partial, (q_similarity[0, 0] >= (-INF if weighed else similarity))[:, None]
     predictable_k = k_similarity[0, 0] >= similarity
 
     def kept(by: float) -> Tensor:
         moved = (
             threshold if topk is not None or cdf >= 1 else replace(threshold, cdf=min(max(cdf + by, 1e-9), 1 - 1e-7))
         )
-        largest = predict.keep_largest(scores, whole & predictable_k, moved)
+        largest = (predict.drop_smallest if weighed else predict.keep_largest)(scores, whole & predictable_k, moved)
         return partial | whole & (largest | ~predictable_q | ~predictable_k)
 
     actual = listed(selection)
@@ -274,6 +305,6 @@ def test_stage_2_and_the_order_of_heads_play_no_part():
     selection = select.select_tiles(
         queries, keys, None, on_gpu_numbers(thresholds), is_causal=False, scale=0.25, q_len=300, k_len=700,
     )  # fmt: skip
-    kept = predict.select_tiles(q, k, v, thresholds=thresholds, is_causal=False, scale=0.25)
+    kept = predict.select_tiles(q, k, v, thresholds=thresholds, is_causal=False, scale=0.25, predictor="sparge")
     assert torch.equal(listed(selection), kept)
     assert kept.shape[-1] == tile_count(700, K_TILE)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparge_kernels.thresholds import K_TILE, NEVER_SKIP, PV_DROP_BUDGET, Q_TILE, Thresholds
+from sparge_kernels.thresholds import DEFAULT_PREDICTOR, K_TILE, NEVER_SKIP, PV_DROP_BUDGET, Q_TILE, Thresholds
 from sparge_kernels.tiles import tile_count
 from sparge_kernels.triton import attend as loop
 from sparge_kernels.triton import launch
@@ -26,6 +26,7 @@ from sparge_kernels.triton.numbers import thresholds_on
 from sparge_kernels.triton.queries import QueryTiles, prepare_queries
 from sparge_kernels.triton.rows import broadcast_strides, row_strides, unit_last_stride
 from sparge_kernels.triton.select import MAX_K_TILES, Selection, select_tiles
+from sparge_kernels.triton.weights import weigh_tiles
 
 MAX_KEYS = MAX_K_TILES * K_TILE
 
@@ -90,6 +91,7 @@ def attention(
     is_causal: bool,
     scale: float,
     precision: str,
+    predictor: str = DEFAULT_PREDICTOR,
     out: Tensor,
     lse: Tensor | None = None,
     with_statistics: bool = True,
@@ -111,6 +113,7 @@ def attention(
             is_causal=is_causal,
             scale=scale,
             precision=precision,
+            predictor=predictor,
         )
         skipped = attend(prepared, out, lse)
         return statistics(prepared.selection, skipped, q.shape[2]) if with_statistics else None
@@ -126,24 +129,20 @@ def prepare(
     is_causal: bool,
     scale: float,
     precision: str,
+    predictor: str = DEFAULT_PREDICTOR,
 ) -> Prepared:
     """Stage 1 and quantization of a call; arguments as in `attention`."""
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
     q_len, k_len, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    quantized = precision == "int8"
+    quantized, clustered = precision == "int8", predictor == "clusters"
     numbers = thresholds_on(q.device, thresholds, q.shape[1])
-    keys = prepare_keys(k, v, is_causal=is_causal, quantized=quantized)
+    keys = prepare_keys(k, v, is_causal=is_causal, quantized=quantized, clustered=clustered)
     queries = prepare_queries(q, keys.centre, group, sign=-1 if scale < 0 else 1)
     mask_tiles = None if attn_mask is None else classify_mask(attn_mask, q_len, k_len)
+    options = {"is_causal": is_causal, "scale": scale}
+    weights = None if keys.clusters is None else weigh_tiles(q, k, keys.clusters, mask_tiles, **options)
     selection = select_tiles(
-        queries,
-        keys,
-        mask_tiles,
-        numbers,
-        is_causal=is_causal,
-        scale=scale,
-        q_len=q_len,
-        k_len=k_len,
+        queries, keys, mask_tiles, numbers, q_len=q_len, k_len=k_len, weights=weights, **options
     )
     # A table's numbers are on the device: reading them would wait for it.
     skips = isinstance(thresholds, Tensor) or any(entry.skip_below(k_len) > NEVER_SKIP for entry in thresholds)

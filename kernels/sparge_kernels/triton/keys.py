@@ -1,6 +1,7 @@
 """K and V before the sparse loop: tile means, centres, self-similarity and INT8 codes (predict.py, quantize.py).
 
-Three kernels, because centring a tile takes the means of others. K is read twice, V once.
+Three kernels, because centring a tile takes the means of others. K is read twice, V once; a fourth is in
+clusters.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sparge_kernels.quantize import OFFSET_RATIO, OUTLIER_RATIO
 from sparge_kernels.thresholds import K_TILE
 from sparge_kernels.tiles import tile_count
 from sparge_kernels.triton import launch
+from sparge_kernels.triton.clusters import KeyClusters, cluster_keys
 from sparge_kernels.triton.rows import all_finite, int8_scale, inverse_or_zero, load_tile, round_codes, strides_in_units
 
 # Bits of KeyTiles.flags.
@@ -38,10 +40,13 @@ class KeyTiles:
     means: Tensor  # fp32 [B, Hkv, nK, D'], not centred
     similarity: Tensor  # fp32 [B, Hkv, nK], NaN where K, V or the mean of K has a non-finite number
     flags: Tensor  # int8 [B, Hkv, nK]: NOT_INT8 (only if quantized), NON_FINITE_V, NON_FINITE_K (or its mean)
+    clusters: KeyClusters | None = None  # None if not clustered
 
 
-def prepare_keys(k: Tensor, v: Tensor, *, is_causal: bool, quantized: bool) -> KeyTiles:
+def prepare_keys(k: Tensor, v: Tensor, *, is_causal: bool, quantized: bool, clustered: bool = False) -> KeyTiles:
     """K [B, Hkv, Sk, D] and V [B, Hkv, Sk, Dv], fp32, bf16 or fp16 with any strides, on one device.
+
+    clustered: for the predictor "clusters".
 
     Not one number of a tile depends on a later key under causal.
     """
@@ -75,7 +80,8 @@ def prepare_keys(k: Tensor, v: Tensor, *, is_causal: bool, quantized: bool) -> K
         UNIT=k_unit, DIM=dim, PADDED=padded, K_TILE=K_TILE, CAUSAL=is_causal, QUANTIZED=quantized,
         OUTLIER_RATIO=OUTLIER_RATIO, OFFSET_RATIO=OFFSET_RATIO, num_warps=K_TILE * padded // _NUMBERS_A_WARP,
     )  # fmt: skip
-    return KeyTiles(codes, scale, centre, means, similarity, flags)
+    clusters = cluster_keys(k, means, flags, NON_FINITE_K.value | NON_FINITE_V.value) if clustered else None
+    return KeyTiles(codes, scale, centre, means, similarity, flags, clusters)
 
 
 @triton.jit(do_not_specialize=["heads", "k_len", "n_k"])

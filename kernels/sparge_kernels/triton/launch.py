@@ -47,6 +47,15 @@ _ATTEND: dict[str, dict[str, AttendConfig]] = {
 }
 
 
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Of the kernel that weighs K tiles. block: tiles at a time, four columns of a product each; the rest as above."""
+
+    warps: int
+    stages: int
+    block: int
+
+
 # Relatives of an architecture with its instructions and no more shared memory than it.
 _RELATIVES = {"sm87": "sm86", "sm103": "sm100", "sm110": "sm100", "sm121": "sm120"}
 
@@ -83,6 +92,14 @@ def attend_config(arch: str, dim: int, v_dim: int, element_size: int, quantized:
     else:
         kind = _PLAIN if not quantized else _ODD if odd else _SMALL
     return _ATTEND.get(_RELATIVES.get(arch, arch), _DEFAULT).get(kind, _DEFAULT[kind])
+
+
+def weights_config(arch: str, dim: int) -> WeightsConfig:
+    """The configuration for this head dimension of Q and K."""
+    if arch == "interpreter":
+        return WeightsConfig(warps=8, stages=1, block=64)
+    warps = 4 if arch.startswith("gfx") else 8  # of 64 threads there
+    return WeightsConfig(warps, stages=2 if padded(dim) <= 128 else 1, block=16)
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

@@ -78,6 +78,14 @@ def inverse_or_zero(x, numerator):
 
 
 @triton.jit
+def power_of_two(largest):
+    """A power of two s with `largest` / s below 4, at least 1 but for denormals; and 1 / s: both exact."""
+    bits = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
+    return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def round_codes(x, inverse):
     """x * inverse, rounded half to even, as int8; x [M, N], inverse [M, 1]."""
     return (x * inverse + _ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)

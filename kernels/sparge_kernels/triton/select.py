@@ -57,16 +57,20 @@ def select_tiles(
     scale: float,
     q_len: int,
     k_len: int,
+    weights: Tensor | None = None,
 ) -> Selection:
     """predict.select_tiles as lists. thresholds: fp64 [Hq, 4] as thresholds.pack gives them, on the device.
 
+    weights: fp32 [B, Hq, nQ, nK] of the predictor "clusters" (weights.py), overwritten; None: the predictor "sparge".
     Exact are tiles that are partial (the diagonal, cut by the mask), biased, ragged, or have a flag of `keys`.
     """
     batch, heads, n_q = queries.similarity.shape
     n_k, group = tile_count(k_len, K_TILE), heads // keys.similarity.shape[1]
     if n_k > MAX_K_TILES:
         raise ValueError(f"{k_len} keys; at most {MAX_K_TILES * K_TILE} are allowed. Split the keys or run dense.")
-    scores = score_tiles(queries, keys, mask_tiles, is_causal=is_causal, scale=scale)
+    scores = weights
+    if scores is None:
+        scores = score_tiles(queries, keys, mask_tiles, is_causal=is_causal, scale=scale)
     tiles = scores.view(torch.int32)  # a program has read its row before it writes it
     counts = torch.empty(batch, heads, n_q, 3, dtype=torch.int32, device=scores.device)
     kind = None if mask_tiles is None else mask_tiles.kind
@@ -75,7 +79,7 @@ def select_tiles(
         select_tiles_kernel, (batch * heads * n_q,),
         scores, tiles, counts, queries.similarity, keys.similarity, keys.flags, kind, thresholds,
         *broadcast_strides(kind), heads, group, q_len, k_len, n_q, n_k,
-        Q_TILE=Q_TILE, K_TILE=K_TILE, CAUSAL=is_causal, MASKED=kind is not None, BLOCK=block,
+        Q_TILE=Q_TILE, K_TILE=K_TILE, CAUSAL=is_causal, MASKED=kind is not None, BLOCK=block, WEIGHED=weights is not None,
         LONG=block > _TILES_A_WARP * _MOST_WARPS // 2, num_warps=min(max(block // _TILES_A_WARP, 1), _MOST_WARPS),
     )  # fmt: skip
     return Selection(tiles, counts, order_tiles(counts))
@@ -150,21 +154,32 @@ def score_tiles_kernel(
 
 
 @triton.jit
+def _tiles_to_keep(candidates, topk):
+    """ceil(topk * candidates), at least 1; `topk` is fp64."""
+    allowed = tl.sum(candidates.to(tl.int32), 0).to(tl.float64) * topk - tl.full((), _CEIL_SLACK, tl.float64)
+    return tl.maximum(tl.ceil(allowed), 1.0).to(tl.float32)
+
+
+@triton.jit
+def _ordered(scores, inside):
+    """Integers in the order of the scores; the lowest of all where not inside."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # -0 is 0
+    return tl.where(inside, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LOWEST)
+
+
+@triton.jit
 def keep_largest(scores, candidates, inside, topk, cdf):
     """predict.keep_largest of one row, bool [BLOCK], of candidates only; `topk` (0: none) and `cdf` are fp64."""
     scores = tl.where(candidates, scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 0))
     total = tl.sum(weights, 0)
-    allowed = tl.sum(candidates.to(tl.int32), 0).to(tl.float64) * topk - tl.full((), _CEIL_SLACK, tl.float64)
     by_count = topk > 0.0
     # What is kept sums up to `needed`: of ones, or of the softmax. No sum reaches inf: all are kept.
     needed = tl.where(cdf >= 1.0, float("inf"), cdf.to(tl.float32))
-    needed = tl.where(by_count, tl.maximum(tl.ceil(allowed), 1.0).to(tl.float32), needed)
+    needed = tl.where(by_count, _tiles_to_keep(candidates, topk), needed)
     weights = tl.where(by_count, inside.to(tl.float32), weights * (1.0 / total))
 
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # -0 is 0
-    image = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the scores are
-    image = tl.where(inside, image, _LOWEST)
+    image = _ordered(scores, inside)
     # The largest threshold that enough lies at or above: sign, then bit by bit.
     threshold = tl.where(tl.sum(tl.where(image >= 0, weights, 0.0), 0) >= needed, 0, _LOWEST)
     bit = tl.full((), 1 << 30, tl.int32)
@@ -180,6 +195,33 @@ def keep_largest(scores, candidates, inside, topk, cdf):
     return tl.where(total != total, image == image, kept)
 
 
+@triton.jit
+def drop_smallest(weights, candidates, inside, topk, cdf):
+    """predict.drop_smallest of one row, bool [BLOCK], of candidates only; `topk` (0: none) and `cdf` are fp64."""
+    ranks = tl.where(candidates, weights, float("-inf"))
+    unknown = tl.max((ranks != ranks).to(tl.int32), 0)
+    by_count = topk > 0.0
+    # What is dropped sums up to at most `budget`: of ones, or of the weights. No sum is below 0: all are kept.
+    budget = tl.where(cdf >= 1.0, -1.0, (1.0 - cdf).to(tl.float32))
+    budget = tl.where(by_count, tl.sum(inside.to(tl.float32), 0) - _tiles_to_keep(candidates, topk), budget)
+    # A weight above 1 is over any budget: cut there, no sum of the others drowns in it.
+    amounts = tl.where(by_count, inside.to(tl.float32), tl.exp(tl.minimum(ranks, 1.0)))
+
+    image = _ordered(ranks, inside)
+    # The largest threshold below which all may be dropped: sign, then bit by bit.
+    threshold = tl.where(tl.sum(tl.where(image < 0, amounts, 0.0), 0) <= budget, 0, _LOWEST)
+    bit = tl.full((), 1 << 30, tl.int32)
+    for _ in range(31):
+        trial = threshold + bit
+        threshold = tl.where(tl.sum(tl.where(image < trial, amounts, 0.0), 0) <= budget, trial, threshold)
+        bit = bit >> 1
+    below = tl.sum(tl.where(image < threshold, amounts, 0.0), 0)
+    equal = (image == threshold).to(tl.int32)
+    equals_from_here = (tl.sum(equal, 0) - tl.cumsum(equal, 0) + equal).to(tl.float32)
+    kept = (image > threshold) | ((equal != 0) & (below + equals_from_here * amounts > budget))
+    return tl.where(unknown != 0, image == image, kept)
+
+
 @triton.jit(
     do_not_specialize=["kind_batch", "kind_head", "kind_query", "heads", "group", "q_len", "k_len", "n_q", "n_k"]
 )
@@ -188,7 +230,7 @@ def select_tiles_kernel(
     kind_ptr, thresholds_ptr, kind_batch, kind_head, kind_query, kind_key,
     heads, group, q_len, k_len, n_q, n_k,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    LONG: tl.constexpr,
+    WEIGHED: tl.constexpr, LONG: tl.constexpr,
 ) -> None:  # fmt: skip
     """The list and the counts of one query tile; grid (B * Hq * nQ,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -220,13 +262,17 @@ def select_tiles_kernel(
         tl.debug_barrier()
         tl.store(tiles_ptr + row * n_k + tiles, state, mask=inside)
         tl.debug_barrier()
-    largest = keep_largest(scores, (state & _CANDIDATE) == _CANDIDATE, inside, topk, cdf)
+    if WEIGHED:
+        largest = drop_smallest(scores, (state & _CANDIDATE) == _CANDIDATE, inside, topk, cdf)
+    else:
+        largest = keep_largest(scores, (state & _CANDIDATE) == _CANDIDATE, inside, topk, cdf)
     if LONG:
         state = tl.load(tiles_ptr + row * n_k + tiles, mask=inside, other=0)
     largest = largest | ((state & _PREDICTABLE) == 0)
     visible = (state & (_WHOLE | _PARTIAL)) != 0
     kept = ((state & _PARTIAL) != 0) | (((state & _WHOLE) != 0) & largest)
-    kept = tl.where(tl.load(q_similarity + row) >= theta, kept, visible)
+    similarity = tl.load(q_similarity + row)
+    kept = tl.where(similarity == similarity if WEIGHED else similarity >= theta, kept, visible)
 
     # Two prefix sums in one: exact tiles count in the upper half.
     counted = tl.where(kept, tl.where((state & _EXACT) != 0, 1 << 16, 1), 0)
