@@ -3,6 +3,7 @@
 Importing this package is never needed for the backend string; it brings the rest of the public interface.
 """
 
+from sparge_compile.calibrate import calibrate
 from sparge_compile.context import rewriting
 from sparge_compile.explain import explain
 from sparge_compile.functional import AttentionStats, attention
@@ -22,6 +23,7 @@ __all__ = [
     "SiteReport",
     "StrictPolicyError",
     "attention",
+    "calibrate",
     "explain",
     "last_report",
     "rewriting",
