@@ -71,7 +71,7 @@ def calibrate(
     chosen = replace(chosen, {"profile": None, "strict": False})
     batches = _batches(inputs)
     origin = _origin(target, max_error, min_row_cosine)
-    predictor = DEFAULT_PREDICTOR
+    predictor = _predictor(chosen)
     settings = Settings(
         max_error,
         min_row_cosine,
@@ -129,6 +129,11 @@ def _check_bounds(max_error: float, min_row_cosine: float) -> None:
         raise ValueError(f"max_error={max_error!r}: must be in (0, 1), a relative L1; 0.05 is usual.")
     if isinstance(min_row_cosine, bool) or not -1 <= min_row_cosine < 1:
         raise ValueError(f"min_row_cosine={min_row_cosine!r}: must be in [-1, 1), a cosine; 0.95 is usual.")
+
+
+def _predictor(policy: Policy) -> str:
+    asked = getattr(policy, "predictor", "auto")
+    return DEFAULT_PREDICTOR if asked == "auto" else str(asked)
 
 
 def _batches(inputs: Any) -> Iterable[Any]:

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from light import Attention, Stack, qkv
+from light import Attention, Stack, qkv, run
 from torch import nn
 
 import sparge_compile as sparge
 from sparge_compile import Policy, Profile, calibration, search
 from sparge_compile.search import Call, candidates, compare, measure
+from sparge_compile.verify import Found, Unfit, Verified
 from sparge_kernels import ops
 from sparge_kernels.cpu import KERNEL_VARIABLE
 from sparge_kernels.predict import select_tiles
@@ -109,10 +110,10 @@ def test_the_profile_works_in_a_compile_and_matches_its_own_density():
     assert site.density == pytest.approx(sum(m.density for m in profile.measured["inner"]) / 2, abs=1e-5)
 
 
-def brute_force(call, entry, rows):
+def brute_force(call, entry, rows, predictor="clusters"):
     """Attention over the tiles that `entry` keeps for head 0, fp32, rows [n] of them."""
     q, k, v = call.query[:, :1], call.key[:, :1], call.value[:, :1]
-    kept = select_tiles(q, k, v, thresholds=[entry], is_causal=call.is_causal, scale=call.scale)
+    kept = select_tiles(q, k, v, thresholds=[entry], is_causal=call.is_causal, scale=call.scale, predictor=predictor)
     lengths = (q.shape[2], k.shape[2])
     exact = diagonal_tiles(*lengths, call.is_causal, q.device)
     scores = attention_scores(q, k, exact=exact, scale=call.scale, precision=call.precision)
@@ -121,29 +122,29 @@ def brute_force(call, entry, rows):
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v)[0, 0, rows], kept
 
 
-@pytest.mark.parametrize("precision", ["int8", "none"])
+@pytest.mark.parametrize(("precision", "predictor"), [("int8", "clusters"), ("none", "clusters"), ("int8", "sparge")])
 @pytest.mark.parametrize(
     ("q_len", "k_len", "is_causal"),
     [(512, 512, False), (300, 500, False), (500, 500, True), (700, 300, True), (130, 900, True)],
     ids=["whole", "cross", "causal", "more-queries", "more-keys"],
 )
-def test_one_look_gives_each_candidate_what_a_run_of_it_gives(q_len, k_len, is_causal, precision):
+def test_one_look_gives_each_candidate_what_a_run_of_it_gives(q_len, k_len, is_causal, precision, predictor):
     q, k, v = (x[:, 1:] for x in structured_and_random(1024))
     call = Call(q[:, :, :q_len], k[:, :, :k_len], v[:, :, :k_len], torch.empty(0), is_causal, 0.2, precision)
     dense = F.scaled_dot_product_attention(call.query, call.key, call.value, is_causal=is_causal, scale=0.2)
     call = Call(call.query, call.key, call.value, dense, is_causal, 0.2, precision)
     tried = (Thresholds(None, 0.3, 0.0, None), Thresholds(None, 0.9, 0.5, None), Thresholds(0.3, 1.0, -1.0, None))
     tried = (*tried, Thresholds(1.0, 1.0, 1.0, None))
-    sums = measure(call, tried, "clusters")
+    sums = measure(call, tried, predictor)
     rows = torch.arange(q_len)  # fewer tiles than are sampled: all of them
     for number, entry in enumerate(tried):
-        output, kept = brute_force(call, entry, rows)
+        output, kept = brute_force(call, entry, rows, predictor)
         error, total, worst = compare(output, dense[0, 0])
         found = [x[0, number] for x in (sums.error, sums.worst, sums.kept)]
         expected = torch.stack([error, worst, kept.sum()]).double()
         torch.testing.assert_close(torch.stack(found), expected, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(sums.total[0], total.double(), rtol=1e-4, atol=1e-4)
-    in_pieces = measure(call, tried, "clusters", rows_at_a_time=32)
+    in_pieces = measure(call, tried, predictor, rows_at_a_time=32)
     torch.testing.assert_close(in_pieces.error, sums.error, rtol=1e-4, atol=1e-4)
 
 
@@ -223,6 +224,39 @@ def test_the_profile_says_where_it_is_from(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_inputs_of_several_lengths_are_one_site():
+    model = Stack(1).eval()
+    inputs = [torch.randn(1, tokens, 16) for tokens in (200, 300, 130)]
+    profile = sparge.calibrate(model, inputs, **QUIET)
+    assert list(profile.sites) == ["blocks.0"] and not profile.not_calibrated
+
+
+def test_under_autocast_the_site_is_measured_in_its_own_dtype():
+    model = Stack(1).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        profile = sparge.calibrate(model, [torch.randn(1, 200, 16)], **QUIET)
+    assert list(profile.sites) == ["blocks.0"] and profile.measured["blocks.0"][0].error < 0.05
+
+
+def test_calls_outside_every_graph_are_listed_with_that_reason():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.outside = Attention(), Attention()
+
+        def forward(self, x):
+            return torch._dynamo.disable(self.outside)(self.inside(x))
+
+    profile = sparge.calibrate(Mixed().eval(), [torch.randn(1, 200, 16)], **QUIET)
+    assert list(profile.sites) == ["inside"] and "outside every compiled graph" in profile.not_calibrated["outside"]
+
+
+def test_a_function_is_calibrated_too():
+    q, k, v = structured_and_random(512)
+    profile = sparge.calibrate(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), [(q, k, v)], **QUIET)
+    assert len(profile.sites) == 1 and profile.origin.model is None
+
+
 def test_sites_the_policy_leaves_alone_are_listed_with_their_reason():
     policy = Policy(min_tokens=0, dense=("*.1",))
     profile = sparge.calibrate(Stack(2).eval(), [torch.randn(1, 200, 16)], policy=policy, progress=False)
@@ -282,20 +316,55 @@ def test_a_budget_that_int8_alone_breaks_makes_the_site_dense():
     assert not profile.sites and "head 0 with every tile kept has a relative L1 of" in profile.dense["inner"]
 
 
-def test_a_wrong_estimate_is_caught_by_the_kernel(monkeypatch):
+def optimistic(*args, **kwargs):
+    """An estimate by which every candidate is good."""
+    sums = measure(*args, **kwargs)
+    sums.error.mul_(torch.linspace(0.02, 0.01, sums.error.shape[1], dtype=torch.float64))
+    sums.worst.fill_(1)
+    return sums
+
+
+@pytest.mark.parametrize("heads", [2, 4], ids=["heads", "shared-keys"])
+def test_a_wrong_estimate_is_caught_by_the_kernel(monkeypatch, heads):
     """Thresholds that look good on the sampled tiles and are not are stepped back from."""
-
-    def optimistic(*args, **kwargs):
-        sums = measure(*args, **kwargs)
-        sums.error.mul_(torch.linspace(0.02, 0.01, sums.error.shape[1], dtype=torch.float64))
-        sums.worst.fill_(1)
-        return sums
-
     monkeypatch.setattr(calibration, "measure", optimistic)
     q, k, v = structured_and_random()
-    profile = sparge.calibrate(Attends(), [(q, k, v)], **QUIET)
-    errors, worst = relative_errors(profile, "inner", q, k, v)
+    q = torch.cat([q, q.flip(1)], dim=1)[:, :heads]
+    profile = sparge.calibrate(Attends(enable_gqa=True), [(q, k, v)], **QUIET)
+    errors, worst = relative_errors(profile, "inner", q, k, v, enable_gqa=True)
     assert bool((errors <= 0.05).all()) and bool((worst >= 0.95).all())
+    found = torch.tensor([m.error for m in profile.measured["inner"]])
+    torch.testing.assert_close(found, errors.float(), rtol=0.01, atol=1e-4)
+
+
+def test_heads_step_back_twice_as_far_each_time_and_the_rest_stays(monkeypatch):
+    runs = []
+
+    def fake(call, heads, thresholds, predictor):
+        runs.append((heads, thresholds))
+        errors = {0: 0.01, 1: 0.01 if thresholds[-1] >= 5 else 0.9}
+        return [Found(errors[head], 1.0, 0.99, 0.5, 1) for head in heads]
+
+    monkeypatch.setattr(Verified, "_run", staticmethod(fake))
+    call = Call(torch.empty(1, 2, 128, 4), torch.empty(1, 2, 128, 4), *[torch.empty(0)] * 2, False, 1.0, "int8")
+    site = Verified([[0, 9], [0, 1, 2, 5, 7, 9]])
+    site.verify(call, tuple(range(10)), "clusters", 0.05, 0.9)
+    assert runs == [([0, 1], [0, 0]), ([1], [1]), ([1], [5])]
+    assert [site.chosen(head) for head in (0, 1)] == [0, 5]
+    assert [site.measurement(head).error for head in (0, 1)] == [0.01, 0.01]
+    assert Verified(**json.loads(json.dumps(site.to_json()))) == site
+    monkeypatch.setattr(Verified, "_run", staticmethod(lambda *_: [Found(0.9, 1.0, 0.5, 1.0, 1)] * 2))
+    with pytest.raises(Unfit, match=r"head 0 with every tile kept has a relative L1 of 0\.9 .*a row of cosine 0\.5"):
+        Verified([[9], [9]]).verify(call, tuple(range(10)), "clusters", 0.05, 0.9)
+
+
+def test_many_calibrations_leave_room_to_compile():
+    model, x = Stack(1).eval(), torch.randn(1, 200, 16)
+    profiles = {sparge.calibrate(model, [x], max_error=0.03 + 0.001 * i, **QUIET) for i in range(10)}
+    profiles |= {sparge.calibrate(model, [x], policy=Policy(min_tokens=i), progress=False) for i in range(10)}
+    assert len(profiles) == 11  # the budget is part of a profile, a minimum that is met is not
+    _, backend = run(model, x)
+    assert backend.rewritten == [True]
 
 
 def test_a_kernel_that_fails_makes_the_site_dense(monkeypatch):
