@@ -4,6 +4,7 @@ Importing this package is never needed for the backend string; it brings the res
 """
 
 from sparge_compile.attach import Attachment, attach
+from sparge_compile.calibrate import calibrate
 from sparge_compile.context import rewriting
 from sparge_compile.explain import explain
 from sparge_compile.functional import AttentionStats, attention
@@ -26,6 +27,7 @@ __all__ = [
     "StrictPolicyError",
     "attach",
     "attention",
+    "calibrate",
     "dense_steps",
     "explain",
     "last_report",

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparge_kernels.clusters import KeyClusters, cluster_keys, tile_weights
 from sparge_kernels.masks import causal_tiles, mask_tiles
 from sparge_kernels.thresholds import DEFAULT_PREDICTOR, K_TILE, Q_TILE, Thresholds
-from sparge_kernels.tiles import split_tiles, tile_lengths
+from sparge_kernels.tiles import split_tiles, tile_lengths, tile_rows
 
 # ceil(0.07 * 100) is 8 in floating point: a product this little above a whole number is that number.
 _CEIL_SLACK = 1e-6
@@ -150,10 +150,12 @@ def predict(
     scale: float,
     mask: Tensor | None = None,
     predictor: str = DEFAULT_PREDICTOR,
+    q_tiles: Tensor | None = None,
 ) -> Prediction:
     """Stage 1 up to the choice: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], fp32 or fp64.
 
     Query head h reads kv head h // (Hq // Hkv). mask: additive, broadcast to [B, Hq, Sq, Sk], not with is_causal.
+    q_tiles: ascending int64 [n], the query tiles to predict for, n of them instead of nQ in all that is returned.
     """
     group = q.shape[1] // k.shape[1]
     k_means = tile_means(k, K_TILE)
@@ -169,28 +171,35 @@ def predict(
     else:
         tiles = causal_tiles(*shape[2:], is_causal, q.dtype, q.device)
     hidden, partial, bias = (x.expand(*shape[:2], *x.shape[-2:]) for x in (tiles.hidden, tiles.partial, tiles.bias))
+    if q_tiles is not None:
+        hidden, partial, bias = (x[..., q_tiles, :] for x in (hidden, partial, bias))
+        q_means, q_similarity = q_means[..., q_tiles, :], q_similarity[..., q_tiles]
     whole = ~hidden & ~partial
     k_similarity, k_finite = (x.repeat_interleave(group, dim=1) for x in (k_similarity, k_finite))
     if predictor == "sparge":
         scores = proxy_scores(q_means, k_means.repeat_interleave(group, dim=1), scale) + bias
     else:
-        scores = _weights(q, k, scale, whole & k_finite[..., None, :], bias, is_causal)
+        scores = _weights(q, k, scale, whole & k_finite[..., None, :], bias, is_causal, q_tiles)
     return Prediction(predictor, scores, whole, partial, q_similarity, k_similarity)
 
 
-def _weights(q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Tensor, is_causal: bool) -> Tensor:
+def _weights(
+    q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Tensor, is_causal: bool, q_tiles: Tensor | None
+) -> Tensor:
     group = q.shape[1] // k.shape[1]
+    chosen = slice(None) if q_tiles is None else tile_rows(q_tiles, Q_TILE, q.shape[2])
     clusters = cluster_keys(torch.where(k.isfinite(), k, 0))
     weights = torch.empty(seen.shape, dtype=q.dtype, device=q.device)
     step = max(1, _SCORES_AT_A_TIME // max(clusters.log_sizes[:, 0].numel() * Q_TILE, 1))  # query tiles
     for head in range(q.shape[1]):
         of_head = KeyClusters(*(x[:, head // group] for x in (clusters.means, clusters.log_sizes, clusters.spreads)))
-        known = diagonal_mass(q[:, head], k[:, head // group], scale) if is_causal else None
+        known = diagonal_mass(q[:, head], k[:, head // group], scale)[:, chosen] if is_causal else None
+        of_rows = q[:, head, chosen]
         for first in range(0, seen.shape[2], step):
             tiles, rows = slice(first, first + step), slice(first * Q_TILE, (first + step) * Q_TILE)
             mass = None if known is None else known[:, rows]
             options = (seen[:, head, tiles], bias[:, head, tiles], mass)
-            weights[:, head, tiles] = tile_weights(q[:, head, rows], of_head, scale, *options)
+            weights[:, head, tiles] = tile_weights(of_rows[:, rows], of_head, scale, *options)
     return weights
 
 

@@ -29,6 +29,12 @@ def tile_lengths(length: int, tile: int, device: torch.device) -> Tensor:
     return (length - starts).clamp(max=tile)
 
 
+def tile_rows(tiles: Tensor, tile: int, length: int) -> Tensor:
+    """The tokens of the tiles with these (ascending) indices, int64 [n]; a ragged tail has fewer."""
+    rows = (tiles[:, None] * tile + torch.arange(tile, device=tiles.device)).flatten()
+    return rows[rows < length]
+
+
 def past_tiles(q_len: int, k_len: int, is_causal: bool, device: torch.device) -> Tensor:
     """Bool [nQ, nK]: every query of the tile sees every key of the tile."""
     q_first = torch.arange(0, q_len, Q_TILE, device=device)
