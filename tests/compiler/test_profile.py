@@ -159,6 +159,12 @@ def test_another_device_is_warned_of_once():
         profile_for(device="NVIDIA H300, " + device_name(torch.device("cpu"))).check_model(Stack(1))
 
 
+def test_explain_warns_of_another_device_too():
+    profile = profile_for(sites={}, device="NVIDIA H500")
+    with pytest.warns(UserWarning, match="calibrated on NVIDIA H500"):
+        sparge.explain(Stack(1), X, policy=Policy(profile=profile))
+
+
 def test_a_compile_of_another_model_is_refused():
     policy = Policy(**{**EXACT_FIELDS, "profile": profile_for(Stack(2))})
     assert all(run(Stack(2), X, policy=policy)[1].rewritten)
