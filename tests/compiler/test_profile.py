@@ -15,10 +15,16 @@ import sparge_compile as sparge
 from sparge_compile import Policy, Profile, ProfileError
 from sparge_compile.profile import Measurement, Origin
 from sparge_compile.profile_model import device_name, model_facts
+from sparge_kernels.cpu import KERNEL_VARIABLE
 from sparge_kernels.thresholds import Thresholds
 
 X = torch.randn(1, 6, 16)
 KEEP_ALL = Thresholds(1.0, 1.0, 1.0, -1e30)
+
+
+@pytest.fixture(autouse=True)
+def kernel_of_both_predictors(monkeypatch):
+    monkeypatch.setenv(KERNEL_VARIABLE, "blocked")
 
 
 def entry(cdf=0.9, similarity=0.5, topk=None, pv=None):
