@@ -41,7 +41,8 @@ def calibrate(
     """Finds, per site and head, the sparsest thresholds within `max_error` on these inputs (SpargeAttn, section 3.6).
 
     Runs the model twice on every input, densely, without gradients and in the state it is in, and leaves it and its
-    compiles as they were. Precision, min_tokens, dense patterns and pv_threshold are the policy's.
+    compiles as they were. (On torch 2.11 each policy calibrated counts towards torch's limit of compiled variants.)
+    Precision, min_tokens, dense patterns and pv_threshold are the policy's.
 
     Args:
         model: a module or function; compiled or not.

@@ -42,9 +42,12 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
 
     Raises:
         StrictPolicyError: the policy is strict and a call cannot be rewritten.
+        ProfileError: the policy's profile was made for another model.
     """
     target, options = dynamo.uncompiled(model)
     chosen = context.in_force(split_options(options)[0]) if policy is None else policy
+    if chosen.enabled and chosen.profile is not None and isinstance(target, nn.Module):
+        chosen.profile.check_model(target)  # here, where its warning is heard
     collector = _Collector(target)
     token = _COLLECTOR.set(collector)
     try:

@@ -97,13 +97,14 @@ def plot(profile: Profile, path: str | os.PathLike[str] | None = None) -> Any:
         raise ValueError("the profile holds no measurements to plot; profiles of calibrate() do.")
     heads = max(len(profile.measured[name]) for name in names)
     figure = Figure(figsize=(max(6.0, 1.0 + 0.5 * heads), 2.0 + 0.3 * len(names)), layout="constrained")
-    for axes, what, bounds in zip(figure.subplots(1, 2, sharey=True), ("density", "error"), ((0, 1), (0, None))):  # noqa: B905
+    shown = (("density", "density", 1.0), ("error", "error (relative L1)", None))
+    for axes, (what, title, largest) in zip(figure.subplots(1, 2, sharey=True), shown, strict=True):
         values = [
             [getattr(m, what) for m in profile.measured[name]] + [math.nan] * (heads - len(profile.measured[name]))
             for name in names
         ]
-        image = axes.imshow(values, aspect="auto", vmin=bounds[0], vmax=bounds[1])
-        axes.set(title=what if what == "density" else "error (relative L1)", xlabel="head")
+        image = axes.imshow(values, aspect="auto", vmin=0.0, vmax=largest)
+        axes.set(title=title, xlabel="head")
         axes.set_xticks(range(heads))
         axes.set_yticks(range(len(names)), names)
         figure.colorbar(image, ax=axes)

@@ -15,10 +15,16 @@ import sparge_compile as sparge
 from sparge_compile import Policy, Profile, ProfileError
 from sparge_compile.profile import Measurement, Origin
 from sparge_compile.profile_model import device_name, model_facts
+from sparge_kernels.cpu import KERNEL_VARIABLE
 from sparge_kernels.thresholds import Thresholds
 
 X = torch.randn(1, 6, 16)
 KEEP_ALL = Thresholds(1.0, 1.0, 1.0, -1e30)
+
+
+@pytest.fixture(autouse=True)
+def kernel_of_both_predictors(monkeypatch):
+    monkeypatch.setenv(KERNEL_VARIABLE, "blocked")
 
 
 def entry(cdf=0.9, similarity=0.5, topk=None, pv=None):
@@ -157,6 +163,12 @@ def test_another_device_is_warned_of_once():
         warnings.simplefilter("error")
         profile.check_model(Stack(1))
         profile_for(device="NVIDIA H300, " + device_name(torch.device("cpu"))).check_model(Stack(1))
+
+
+def test_explain_warns_of_another_device_too():
+    profile = profile_for(sites={}, device="NVIDIA H500")
+    with pytest.warns(UserWarning, match="calibrated on NVIDIA H500"):
+        sparge.explain(Stack(1), X, policy=Policy(profile=profile))
 
 
 def test_a_compile_of_another_model_is_refused():
