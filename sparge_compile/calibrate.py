@@ -133,8 +133,7 @@ def _check_bounds(max_error: float, min_row_cosine: float) -> None:
 
 
 def _predictor(policy: Policy) -> str:
-    asked = getattr(policy, "predictor", "auto")
-    return DEFAULT_PREDICTOR if asked == "auto" else str(asked)
+    return DEFAULT_PREDICTOR if policy.predictor == "auto" else policy.predictor
 
 
 def _batches(inputs: Any) -> Iterable[Any]:

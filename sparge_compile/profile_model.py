@@ -48,7 +48,8 @@ def check_model(origin: Origin, module: nn.Module) -> None:
         if not _same_class(facts.name, origin.model.name):
             raise ProfileError(
                 f"the profile was made for {origin.model.name}, the model is {facts.name}. Calibrate this model, or "
-                "set the profile only around the model it is for (sparge_compile.rewriting)."
+                "set the profile only around the model it is for (sparge_compile.rewriting). Blocks of a model "
+                "that are compiled one by one get theirs with sparge_compile.attach(model, profile)."
             )
         if facts.parameters != origin.model.parameters:
             raise ProfileError(

@@ -264,3 +264,21 @@ def test_a_block_that_the_profile_keeps_dense_stays_dense():
     assert torch.equal(model(X), expected)
     assert sorted(backend.rewritten) == [False, True]
     assert [site.reason for site in backend.sites if not site.rewritten] == ["the attached profile keeps it dense"]
+
+
+def test_a_calibrated_profile_attached_to_the_blocks_gives_what_the_whole_compile_gives():
+    model = net(3)
+    own = sparge.calibrate(model, [X, X + 0.1], policy=POLICY, progress=False)
+    assert set(own.sites) | set(own.dense) == {f"blocks.{n}.attn1" for n in range(3)} and own.sites
+    expected = torch.compile(model, backend=LightBackend(sparge.policy.replace(POLICY, {"profile": own})))(X)
+    with sparge.attach(model, own):
+        backend = by_block(model)
+        assert torch.equal(model(X), expected)
+    assert any(backend.rewritten)
+
+
+def test_a_whole_models_profile_on_a_block_points_to_attach():
+    model = net(2)
+    own = sparge.calibrate(model, [X], policy=POLICY, progress=False)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"ProfileError.*attach\(model, profile\)"):
+        torch.compile(model.blocks[0], backend=LightBackend(sparge.policy.replace(POLICY, {"profile": own})))(X)
