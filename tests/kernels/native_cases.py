@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparge_kernels import reference
 from sparge_kernels.cpu import native
-from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
+from sparge_kernels.thresholds import DEFAULT_PREDICTOR, K_TILE, PREDICTORS, Q_TILE, Thresholds
 from sparge_kernels.tiles import tile_count
 
 INF, NAN = float("inf"), float("nan")
@@ -37,6 +37,7 @@ class Case:
     value_dim: int = 24
     dtype: torch.dtype = torch.float32
     precision: str = "int8"
+    predictor: str = DEFAULT_PREDICTOR
     is_causal: bool = False
     mask: str | None = None
     thresholds: Thresholds = HALF
@@ -82,6 +83,8 @@ NAMED = {
     "fp16-none": Case(300, 400, dtype=torch.float16, precision="none"),
     "causal": Case(300, 333, is_causal=True, thresholds=HALF_OF_THE_MASS),
     "causal-none": Case(333, 300, is_causal=True, precision="none"),
+    "sparge": Case(300, 400, predictor="sparge"),
+    "sparge-causal": Case(300, 333, predictor="sparge", is_causal=True, thresholds=HALF_OF_THE_MASS),
     "keep-all": Case(130, 200, thresholds=KEEP_ALL, threads=2),
     "default-thresholds": Case(200, 500, thresholds=DEFAULT, batch=2),
     "gqa": Case(140, 260, heads=6, kv_heads=2, batch=2, dim=64, value_dim=64, threads=3),
@@ -104,8 +107,9 @@ def odd_cases(count: int = 120, seed: int = 0) -> Iterator[Case]:
     """Sizes around whole tiles and vectors, with everything else mixed in."""
     pick = random.Random(seed).choice
     lengths, dims = (1, 2, 15, 63, 64, 65, 66, 127, 128, 129, 130), (1, 3, 16, 40, 255, 256)
-    for _ in range(count):
+    for number in range(count):
         case = Case(pick(lengths), pick(lengths), dim=pick(dims), value_dim=pick(dims), batch=pick((1, 2)))
+        case = replace(case, predictor=PREDICTORS[number % len(PREDICTORS)])
         case = replace(case, dtype=pick(list(TOLERANCE)), precision=pick(("int8", "none")), layout=pick(list(LAYOUTS)))
         case = replace(case, threads=pick((1, 3)), thresholds=pick((HALF, HALF_OF_THE_MASS, DEFAULT, SKIPPING)))
         case = replace(case, is_causal=pick((False, True)), kv_heads=pick((1, 2)), spoiled=pick((None, None, *SPOILS)))
@@ -133,6 +137,7 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
 def expected(case: Case) -> Result:
     q, k, v, mask = inputs(case)
     options = {"attn_mask": mask, "is_causal": case.is_causal, "precision": case.precision, "enable_gqa": True}
+    options["predictor"] = case.predictor
     result = reference.attention(q, k, v, thresholds=[case.thresholds], scale=case.dim**-0.5, **options)
     return Result(result.output, result.density, result.pv_skipped, result.kept)
 
@@ -162,7 +167,8 @@ def elements(x: Tensor) -> Tensor:
 
 
 def kernel_options(case: Case, out: Tensor) -> dict[str, object]:
-    return {"is_causal": case.is_causal, "scale": case.dim**-0.5, "precision": case.precision, "out": out}
+    choice = {"precision": case.precision, "predictor": case.predictor}
+    return {"is_causal": case.is_causal, "scale": case.dim**-0.5, **choice, "out": out}
 
 
 def tiles(case: Case) -> tuple[int, int]:
