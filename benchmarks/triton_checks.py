@@ -8,6 +8,7 @@ from cross_compile import KILOBYTE, TARGETS, Compiled
 from triton_variants import Variant
 
 SPARSE_LOOP = "attend_kernel"
+WEIGHTS = "tile_weights_kernel"
 REGISTER_DRIFT = 16
 
 # The matrix unit of each target, and how it names its types.
@@ -55,20 +56,27 @@ def faults(compiled: Compiled, variant: Variant) -> list[str]:
         found.append(f"needs {compiled.shared / KILOBYTE:.1f} KB of shared memory, the limit is {limit // KILOBYTE}")
     if compiled.kernel == SPARSE_LOOP:
         found += _loop_faults(compiled, variant)
+    if compiled.kernel == WEIGHTS:  # its codes are fp16, whatever the inputs
+        unit = _UNITS.get(compiled.target, "mfma")
+        found += _product_faults(compiled, {f"{unit} {_TYPES[unit][torch.float16]}"})
     return found
 
 
 def _loop_faults(compiled: Compiled, variant: Variant) -> list[str]:
+    found = _product_faults(compiled, products(variant, compiled.target))
+    copies = {name for name, _ in compiled.instructions} & set(_COPIES)
+    if compiled.stages > 1 and not variant.strided and compiled.target in _UNITS and not copies:
+        found.append("loads no tile ahead: there is no asynchronous copy")
+    return found
+
+
+def _product_faults(compiled: Compiled, needed: set[str]) -> list[str]:
     found = []
-    names = {name for name, _ in compiled.instructions}
-    has, needed = names - set(_COPIES), products(variant, compiled.target)
+    has = {name for name, _ in compiled.instructions} - set(_COPIES)
     if has != needed:
         found.append(f"has the matrix instructions {_words(has)}, expected {_words(needed)}")
     if compiled.scalar_products:
         found.append(f"computes {compiled.scalar_products} products of tiles without matrix instructions")
-    copies = names & set(_COPIES)
-    if compiled.stages > 1 and not variant.strided and compiled.target in _UNITS and not copies:
-        found.append("loads no tile ahead: there is no asynchronous copy")
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparge_kernels import triton
-from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
+from sparge_kernels.thresholds import DEFAULT_PREDICTOR, NEVER_SKIP, Thresholds
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 _BATCH, _KV_HEADS = 2, 4
@@ -22,6 +22,7 @@ class Variant:
     dim: int = 128
     value_dim: int | None = None
     precision: str = "int8"
+    predictor: str = DEFAULT_PREDICTOR
     causal: bool = False
     mask: torch.dtype | None = None
     skips: bool = True  # stage 2
@@ -35,10 +36,12 @@ class Variant:
 VARIANTS = {
     "bf16 d128": Variant(core=True),
     "bf16 d128 causal gqa lse": Variant(causal=True, group=4, lse=True, core=True),
+    "bf16 d128 sparge causal gqa": Variant(predictor="sparge", causal=True, group=4),
     "bf16 d128 stage 1 only": Variant(skips=False),
     "bf16 d128 unquantized": Variant(precision="none"),
     "bf16 d128 bool mask": Variant(mask=torch.bool),
     "bf16 d128 float mask": Variant(mask=BFLOAT16, core=True),
+    "bf16 d128 sparge float mask": Variant(predictor="sparge", mask=BFLOAT16),
     "bf16 d128 strided": Variant(strided=True),
     "fp16 d64": Variant(FLOAT16, 64, core=True),
     "fp16 d64 causal stage 1 only": Variant(FLOAT16, 64, causal=True, skips=False),
@@ -57,6 +60,7 @@ VARIANTS = {
     "fp16 d256 unquantized": Variant(FLOAT16, 256, precision="none"),
     "fp32 d256 float mask": Variant(FLOAT32, 256, mask=FLOAT32),
     "bf16 d64 most keys": Variant(dim=64, tokens=triton.MAX_KEYS),
+    "bf16 d64 sparge most keys": Variant(dim=64, predictor="sparge", tokens=triton.MAX_KEYS),
 }
 
 
@@ -73,6 +77,7 @@ def call(variant: Variant) -> None:
         is_causal=variant.causal,
         scale=variant.dim**-0.5,
         precision=variant.precision,
+        predictor=variant.predictor,
         out=_inputs(variant, heads, value_dim),
         lse=_new(_BATCH, heads, variant.tokens, dtype=FLOAT32) if variant.lse else None,
     )

@@ -172,12 +172,16 @@ def test_centres_of_more_tiles_than_fit_at_once(is_causal):
 
 def test_no_number_of_a_tile_depends_on_a_later_key():
     _, k, v = random_qkv(1, 300, dim=40)
-    before = prepare_keys(on_device(k), on_device(v), is_causal=True, quantized=True)
+    before = prepare_keys(on_device(k), on_device(v), is_causal=True, quantized=True, clustered=True)
     k[:, :, 128:], v[:, :, 200:] = INF, NAN
-    after = prepare_keys(on_device(k), on_device(v), is_causal=True, quantized=True)
+    after = prepare_keys(on_device(k), on_device(v), is_causal=True, quantized=True, clustered=True)
     for name in ("codes", "scale", "means", "similarity", "flags"):
         assert torch.equal(getattr(after, name)[:, :, :2], getattr(before, name)[:, :, :2]), name
     assert torch.equal(after.centre, before.centre)
+    for name in ("codes", "numbers"):
+        after_name, before_name = (getattr(x.clusters, name).unflatten(-1, (-1, 1)) for x in (after, before))
+        tiles = -3 if name == "codes" else -2
+        assert torch.equal(after_name.narrow(tiles, 0, 2), before_name.narrow(tiles, 0, 2)), name
 
 
 @both_causal

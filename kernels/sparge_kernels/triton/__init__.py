@@ -139,9 +139,20 @@ def prepare(
     keys = prepare_keys(k, v, is_causal=is_causal, quantized=quantized, clustered=clustered)
     queries = prepare_queries(q, keys.centre, group, sign=-1 if scale < 0 else 1)
     mask_tiles = None if attn_mask is None else classify_mask(attn_mask, q_len, k_len)
-    options = {"is_causal": is_causal, "scale": scale}
-    weights = None if keys.clusters is None else weigh_tiles(q, k, keys.clusters, mask_tiles, **options)
-    selection = select_tiles(queries, keys, mask_tiles, numbers, q_len=q_len, k_len=k_len, weights=weights, **options)
+    weights = None
+    if keys.clusters is not None:
+        weights = weigh_tiles(q, k, keys.clusters, mask_tiles, is_causal=is_causal, scale=scale)
+    selection = select_tiles(
+        queries,
+        keys,
+        mask_tiles,
+        numbers,
+        is_causal=is_causal,
+        scale=scale,
+        q_len=q_len,
+        k_len=k_len,
+        weights=weights,
+    )
     # A table's numbers are on the device: reading them would wait for it.
     skips = isinstance(thresholds, Tensor) or any(entry.skip_below(k_len) > NEVER_SKIP for entry in thresholds)
     return Prepared(

@@ -1,7 +1,7 @@
 """The clusters of each K tile (sparge_kernels/clusters.py), as fp16 codes the matrix units take.
 
-A kernel of its own: it reads K a third time (from L2 where K fits), but in the pass that makes the means it would hold V
-in registers too, and the centre would not be there yet.
+A kernel of its own: it reads K once more (from L2 where K fits), but in the pass that makes the means it would hold V
+in registers as well, and the centre would not be there yet.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class KeyClusters:
     numbers: fp32 [B, Hkv, NUMBERS, CLUSTERS, nK]: scale (a power of two), ln of the number of keys, spread.
     centres: fp32 [B, Hkv, nK, D'], the tile means; the head's centre is `head_centre` of them.
 
-    fp16 under a scale of its own keeps 11 bits of each channel whatever the dtype of K: bf16 would err by .1 nats in a
-    score of 50. Where a tile cannot be predicted (non-finite K or V) all log sizes are -inf: it has no part in anything.
+    fp16 under a scale of its own keeps 11 bits of the largest channels, whatever the dtype of K: bf16 would err by .1
+    nats in a score of 50. Where a tile cannot be predicted (non-finite K or V) all log sizes are -inf: it has no part.
     """
 
     codes: Tensor
@@ -139,5 +139,6 @@ def cluster_keys_kernel(
         tl.store(codes_ptr + at * PADDED + dims, (mean * inverse).to(tl.float16))
         at = (kv_head.to(tl.int64) * NUMBERS * CLUSTERS + c) * n_k + j
         tl.store(numbers_ptr + at + SCALE * CLUSTERS * n_k, scale)
-        tl.store(numbers_ptr + at + LOG_SIZE * CLUSTERS * n_k, tl.where(usable, tl.log(size), float("-inf")))
+        log_size = tl.where(tl.where(usable, size, 0.0) > 0.0, tl.log(tl.maximum(size, 1.0)), float("-inf"))
+        tl.store(numbers_ptr + at + LOG_SIZE * CLUSTERS * n_k, log_size)
         tl.store(numbers_ptr + at + SPREAD * CLUSTERS * n_k, tl.where(usable, spread, 0.0))

@@ -79,8 +79,9 @@ def select_tiles(
         select_tiles_kernel, (batch * heads * n_q,),
         scores, tiles, counts, queries.similarity, keys.similarity, keys.flags, kind, thresholds,
         *broadcast_strides(kind), heads, group, q_len, k_len, n_q, n_k,
-        Q_TILE=Q_TILE, K_TILE=K_TILE, CAUSAL=is_causal, MASKED=kind is not None, BLOCK=block, WEIGHED=weights is not None,
-        LONG=block > _TILES_A_WARP * _MOST_WARPS // 2, num_warps=min(max(block // _TILES_A_WARP, 1), _MOST_WARPS),
+        Q_TILE=Q_TILE, K_TILE=K_TILE, CAUSAL=is_causal, MASKED=kind is not None, WEIGHED=weights is not None,
+        BLOCK=block, LONG=block > _TILES_A_WARP * _MOST_WARPS // 2,
+        num_warps=min(max(block // _TILES_A_WARP, 1), _MOST_WARPS),
     )  # fmt: skip
     return Selection(tiles, counts, order_tiles(counts))
 
