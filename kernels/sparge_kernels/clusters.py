@@ -9,9 +9,14 @@ wants, or what one key of 64 offers, is lost in such means. Here
 - a group of n keys with mean m holds at least n exp(scale q.m) of the row's softmax mass (Jensen), and about
   n exp(scale q.m + scale^2 |q|^2 v / 2) if its keys spread by v per channel.
 
-The first, never too large, makes each row's denominator, with the causal diagonal exactly; the second makes the
-numerators. A tile's weight is the largest share that any row of the query tile gives it: the sum of the weights of
-dropped tiles bounds what any row is predicted to lose. Costs 2 * CLUSTERS / 64 of Q K^T.
+The first, never too large, makes each row's denominator; the second makes the numerators. A tile's weight is the
+largest share that any row of the query tile gives it: the sum of the weights of dropped tiles bounds what any row is
+predicted to lose. Costs 2 * CLUSTERS / 64 of Q K^T.
+
+Keys that a mask or the causal diagonal hides from some row of the query tile have no part in the denominators. The rows
+share one choice, so a later row's own keys would change what an earlier row computes. Causal rows thus keep more than
+they would if they knew the mass on their diagonal (seen on a field with a local band, 4096 tokens: .66 of the tiles at
+tau = .95 instead of .42).
 """
 
 from __future__ import annotations
@@ -65,14 +70,12 @@ def cluster_keys(k: Tensor) -> KeyClusters:
     return KeyClusters(means, sizes.log(), spreads)
 
 
-def tile_weights(
-    q: Tensor, clusters: KeyClusters, scale: float, seen: Tensor, bias: Tensor, known: Tensor | None = None
-) -> Tensor:
+def tile_weights(q: Tensor, clusters: KeyClusters, scale: float, seen: Tensor, bias: Tensor) -> Tensor:
     """ln of the largest share of its softmax mass that any row of a query tile gives a K tile: [..., nQ, nK].
 
     q [..., Sq, D]; clusters of the head's keys; scale: the caller's. seen, bool [..., nQ, nK]: tiles every row of the
     query tile sees, and whose numbers are finite; others have no part in anything and get -inf. bias [..., nQ, nK] is
-    added to their scores. known [..., Sq]: ln of the mass of the keys that are seen in part, -inf for none.
+    added to their scores.
     A query tile with a row that is not a number, or whose scores overflow, gets NaN.
     """
     sizes, spreads = clusters.log_sizes, clusters.spreads
@@ -83,8 +86,6 @@ def tile_weights(
     hidden = ~_rows(seen, q.shape[-2])
     likely, least = ((x + _rows(bias, q.shape[-2])).masked_fill(hidden, -torch.inf) for x in (likely, least))
     total = least.logsumexp(-1)
-    if known is not None:
-        total = torch.logaddexp(total, known)
     shares = likely - total[..., None]
     shares = shares.masked_fill(hidden & ~total.isnan()[..., None], -torch.inf)
     return split_tiles(shares, Q_TILE, fill=-torch.inf).amax(-2)  # NaN wins

@@ -179,13 +179,11 @@ def predict(
     if predictor == "sparge":
         scores = proxy_scores(q_means, k_means.repeat_interleave(group, dim=1), scale) + bias
     else:
-        scores = _weights(q, k, scale, whole & k_finite[..., None, :], bias, is_causal, q_tiles)
+        scores = _weights(q, k, scale, whole & k_finite[..., None, :], bias, q_tiles)
     return Prediction(predictor, scores, whole, partial, q_similarity, k_similarity)
 
 
-def _weights(
-    q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Tensor, is_causal: bool, q_tiles: Tensor | None
-) -> Tensor:
+def _weights(q: Tensor, k: Tensor, scale: float, seen: Tensor, bias: Tensor, q_tiles: Tensor | None) -> Tensor:
     group = q.shape[1] // k.shape[1]
     chosen = slice(None) if q_tiles is None else tile_rows(q_tiles, Q_TILE, q.shape[2])
     clusters = cluster_keys(torch.where(k.isfinite(), k, 0))
@@ -193,29 +191,12 @@ def _weights(
     step = max(1, _SCORES_AT_A_TIME // max(clusters.log_sizes[:, 0].numel() * Q_TILE, 1))  # query tiles
     for head in range(q.shape[1]):
         of_head = KeyClusters(*(x[:, head // group] for x in (clusters.means, clusters.log_sizes, clusters.spreads)))
-        known = diagonal_mass(q[:, head], k[:, head // group], scale)[:, chosen] if is_causal else None
         of_rows = q[:, head, chosen]
         for first in range(0, seen.shape[2], step):
             tiles, rows = slice(first, first + step), slice(first * Q_TILE, (first + step) * Q_TILE)
-            mass = None if known is None else known[:, rows]
-            options = (seen[:, head, tiles], bias[:, head, tiles], mass)
-            weights[:, head, tiles] = tile_weights(of_rows[:, rows], of_head, scale, *options)
+            own = (seen[:, head, tiles], bias[:, head, tiles])
+            weights[:, head, tiles] = tile_weights(of_rows[:, rows], of_head, scale, *own)
     return weights
-
-
-def diagonal_mass(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """ln of the mass of the diagonal tiles' keys a causal row sees: q [..., Sq, D], k [..., Sk, D] -> [..., Sq].
-
-    -inf beyond the last key. Row i sees keys 0..i; its query tile's diagonal begins at the tile's first row.
-    """
-    tiles, keys = split_tiles(q, Q_TILE), split_tiles(k, Q_TILE)
-    count = min(tiles.shape[-3], keys.shape[-3])
-    scores = tiles[..., :count, :, :] @ keys[..., :count, :, :].transpose(-1, -2) * scale  # [..., n, 128, 128]
-    first = torch.arange(count, device=q.device)[:, None] * Q_TILE
-    real = first + torch.arange(Q_TILE, device=q.device) < k.shape[-2]  # [n, 128]
-    visible = torch.ones(Q_TILE, Q_TILE, dtype=torch.bool, device=q.device).tril() & real[:, None, :]
-    mass = scores.masked_fill(~visible, -torch.inf).logsumexp(-1).flatten(-2)[..., : q.shape[-2]]
-    return F.pad(mass, (0, q.shape[-2] - mass.shape[-1]), value=-torch.inf)
 
 
 def select_tiles(

@@ -88,7 +88,7 @@ def assert_selects_as_specified(
     queries = prepare_queries(on_device(q), keys.centre, group, sign=1)
     mask_tiles = None if mask is None else classify_mask(on_device(mask), q_len, k_len)
     options = {"is_causal": is_causal, "scale": dim**-0.5}
-    weights = weigh_tiles(on_device(q), on_device(k), keys.clusters, mask_tiles, **options) if clustered else None
+    weights = weigh_tiles(on_device(q), keys.clusters, mask_tiles, k_len=k_len, **options) if clustered else None
     selection = select.select_tiles(
         queries, keys, mask_tiles, on_gpu_numbers([threshold] * heads), q_len=q_len, k_len=k_len, weights=weights,
         **options,

@@ -49,17 +49,6 @@ public:
         }
     }
 
-    // Adds keys of known scores [count][GROUP] and maxima [GROUP] to the masses of the GROUP rows from `group` on.
-    void add_keys(int group, const float* scores, const float* maxima, int count) {
-        for (int i = 0; i < GROUP; i += LANES) {
-            const Floats largest = maximum(load(maxima + i), load(maximum_ + group + i));
-            Floats mass = load(mass_ + group + i) * exp2<false>(load(maximum_ + group + i) - largest);
-            for (int key = 0; key < count; ++key) mass += exp2<false>(load(scores + key * GROUP + i) - largest);
-            store(maximum_ + group + i, largest);
-            store(mass_ + group + i, mass);
-        }
-    }
-
     // ln of the weights of the parts, by tile [nK]; NaN where a row's softmax is not a number.
     const float* run(const QueryTile& query, const KeyTiles& keys, const std::vector<Part>& parts) {
         const int count = static_cast<int>(parts.size());

@@ -10,7 +10,6 @@ namespace sparge {
 
 // Weights are exp2(score - base). base stays this far above the running maximum when it is raised, so it moves rarely.
 constexpr float HEADROOM = 8.0f;
-constexpr int DIAGONAL = Q_TILE / K_TILE;  // K tiles that a causal query tile sees in part, at most
 constexpr int OFFSETS = 16;                // K tiles whose q . mean is computed at a time
 
 struct Task {  // what one query tile of one head works on
@@ -36,7 +35,6 @@ public:
           output_(round_up(call.value_dim, LANES) * Q_TILE),
           lines_(std::max({round_up(call.dim, LANES), round_up(call.value_dim, LANES), K_TILE}) * Q_TILE),
           offsets_(OFFSETS * Q_TILE), means_(OFFSETS * round_up(call.dim, LANES)), code_factor_(Q_TILE),
-          diagonal_(call.is_causal && call.predictor == CLUSTERED ? DIAGONAL * (K_TILE + 1) * Q_TILE : 0),
           running_(Q_TILE), base_(Q_TILE), mass_(Q_TILE), tile_max_(Q_TILE), decay_(Q_TILE) {}
 
     // K and V of one tile, in the two passes of keys.h.
@@ -71,15 +69,11 @@ private:
     Aligned<float> offsets_;       // [OFFSETS][Q_TILE]: q . mean in bits
     Aligned<float> means_;         // [OFFSETS][padded]
     Aligned<float> code_factor_;   // [GROUP]: with the K tile's scale
-    Aligned<float> diagonal_;      // [DIAGONAL]: scores_ and tile_max_ as stage 1 left them for stage 2
-    bool has_diagonal_ = false;
     Aligned<float> running_, base_, mass_, tile_max_, decay_;  // [Q_TILE]
 
     void sort_tiles(const Task& task, Visible seen);
-    void choose_tiles(const Task& task, Visible seen);
-    const float* weigh_tiles(const Task& task, Visible seen);
-    void score_diagonal(const Task& task, Visible seen);
-    void recall_diagonal(int which, int group);
+    void choose_tiles(const Task& task);
+    const float* weigh_tiles(const Task& task);
     // scores.h
     void mean_offsets(const KeyTiles& keys, const Selection::Kept* tiles, int count);
     void score_tile(const Task& task, Selection::Kept kept, const float* offset, int group);
@@ -112,40 +106,18 @@ inline void Worker::sort_tiles(const Task& task, Visible seen) {
 }
 
 // Stage 1.
-inline void Worker::choose_tiles(const Task& task, Visible seen) {
+inline void Worker::choose_tiles(const Task& task) {
     const Call& call = task.call;
     const Thresholds& t = call.thresholds[task.h];
-    has_diagonal_ = false;
     if (!selection_.has_choice(t)) return selection_.keep_all();
     if (call.predictor == SPARGE) return selection_.keep_largest(call, query_, task.keys, t);
-    selection_.drop_smallest(weigh_tiles(task, seen), t);
+    selection_.drop_smallest(weigh_tiles(task), t);
 }
 
 // ln of the weights of the tiles with a part in the softmax, [nK].
-inline const float* Worker::weigh_tiles(const Task& task, Visible seen) {
+inline const float* Worker::weigh_tiles(const Task& task) {
     weights_of_tiles_.start(task.call, query_, task.keys.padded);
-    if (task.call.is_causal) score_diagonal(task, seen);
     return weights_of_tiles_.run(query_, task.keys, selection_.parts);
-}
-
-// The diagonal's keys have their exact part in the rows' masses. Their scores are kept for stage 2.
-inline void Worker::score_diagonal(const Task& task, Visible seen) {
-    has_diagonal_ = true;
-    for (int tile = seen.past; tile < seen.end; ++tile) {
-        float* saved = diagonal_ + (tile - seen.past) * (K_TILE + 1) * Q_TILE;
-        for (int group = task.first_group(tile); group < Q_TILE; group += GROUP) {
-            score_tile(task, {tile, PARTIAL}, nullptr, group);
-            weights_of_tiles_.add_keys(group, scores_ + group * K_TILE, tile_max_ + group, K_TILE);
-            std::memcpy(saved + group * K_TILE, scores_ + group * K_TILE, sizeof(float) * GROUP * K_TILE);
-            std::memcpy(saved + K_TILE * Q_TILE + group, tile_max_ + group, sizeof(float) * GROUP);
-        }
-    }
-}
-
-inline void Worker::recall_diagonal(int which, int group) {
-    const float* saved = diagonal_ + which * (K_TILE + 1) * Q_TILE;
-    std::memcpy(scores_ + group * K_TILE, saved + group * K_TILE, sizeof(float) * GROUP * K_TILE);
-    std::memcpy(tile_max_ + group, saved + K_TILE * Q_TILE + group, sizeof(float) * GROUP);
 }
 
 inline void Worker::run(
@@ -154,7 +126,7 @@ inline void Worker::run(
     query_.prepare(call, Rows(call.q, b, h, call.dim, call.dtype), tile);
     const Visible seen(call, tile, query_.rows, keys.count);
     sort_tiles(task, seen);
-    choose_tiles(task, seen);
+    choose_tiles(task);
     const std::vector<Selection::Kept>& tiles = selection_.tiles;
     if (call.kept) {
         uint8_t* map = call.kept + ((b * call.q_heads + h) * mask.query_tiles + tile) * keys.count;
@@ -175,8 +147,7 @@ inline void Worker::run(
         float gap = -INF;
         bool rescale[Q_TILE / GROUP];
         for (int group = first_group; group < Q_TILE; group += GROUP) {
-            if (has_diagonal_ && kept.tile >= seen.past) recall_diagonal(kept.tile - seen.past, group);
-            else score_tile(task, kept, offsets_ + at % OFFSETS * Q_TILE, group);
+            score_tile(task, kept, offsets_ + at % OFFSETS * Q_TILE, group);
             rescale[group / GROUP] = weigh(group, !finite, pack, &gap);
         }
         if (kept.kind != PARTIAL && finite && gap < task.skip_below) {
@@ -198,7 +169,7 @@ inline void Worker::weights(
     query_.prepare(call, Rows(call.q, b, h, call.dim, call.dtype), tile);
     const Visible seen(call, tile, query_.rows, keys.count);
     sort_tiles(task, seen);
-    const float* weights = weigh_tiles(task, seen);
+    const float* weights = weigh_tiles(task);
     std::fill(out, out + keys.count, -INF);
     for (Part part : selection_.parts) out[part.tile] = weights[part.tile];
 }

@@ -141,7 +141,7 @@ def prepare(
     mask_tiles = None if attn_mask is None else classify_mask(attn_mask, q_len, k_len)
     weights = None
     if keys.clusters is not None:
-        weights = weigh_tiles(q, k, keys.clusters, mask_tiles, is_causal=is_causal, scale=scale)
+        weights = weigh_tiles(q, keys.clusters, mask_tiles, is_causal=is_causal, scale=scale, k_len=k_len)
     selection = select_tiles(
         queries,
         keys,

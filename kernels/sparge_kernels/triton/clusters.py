@@ -33,7 +33,6 @@ class KeyClusters:
 
     codes: fp16 [B, Hkv, CLUSTERS, nK, D'], (mean - centre of the head) / scale.
     numbers: fp32 [B, Hkv, NUMBERS, CLUSTERS, nK]: scale (a power of two), ln of the number of keys, spread.
-    centres: fp32 [B, Hkv, nK, D'], the tile means; the head's centre is `head_centre` of them.
 
     fp16 under a scale of its own keeps 11 bits of the largest channels, whatever the dtype of K: bf16 would err by .1
     nats in a score of 50. Where a tile cannot be predicted (non-finite K or V) all log sizes are -inf: it has no part.
@@ -41,7 +40,6 @@ class KeyClusters:
 
     codes: Tensor
     numbers: Tensor
-    centres: Tensor
 
 
 def cluster_keys(k: Tensor, means: Tensor, flags: Tensor, unusable: int) -> KeyClusters:
@@ -59,7 +57,7 @@ def cluster_keys(k: Tensor, means: Tensor, flags: Tensor, unusable: int) -> KeyC
         UNUSABLE=unusable, UNIT=unit, DIM=dim, PADDED=padded, K_TILE=K_TILE, CLUSTERS=CLUSTERS,
         num_warps=K_TILE * padded // _NUMBERS_A_WARP,
     )  # fmt: skip
-    return KeyClusters(codes, numbers, means)
+    return KeyClusters(codes, numbers)
 
 
 @triton.jit

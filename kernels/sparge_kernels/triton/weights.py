@@ -16,7 +16,7 @@ from sparge_kernels.thresholds import K_TILE, Q_TILE
 from sparge_kernels.tiles import tile_count
 from sparge_kernels.triton import launch
 from sparge_kernels.triton.attend import LN_2, LOG2_E, multiply
-from sparge_kernels.triton.clusters import LOG_SIZE, NUMBERS, SCALE, SPREAD, KeyClusters, head_centre
+from sparge_kernels.triton.clusters import LOG_SIZE, NUMBERS, SCALE, SPREAD, KeyClusters
 from sparge_kernels.triton.mask import BIASED, HIDDEN, OPEN, MaskTiles
 from sparge_kernels.triton.rows import broadcast_strides, load_tile, power_of_two, strides_in_units
 
@@ -26,25 +26,25 @@ _HIDDEN: tl.constexpr = tl.constexpr(-1e29)
 
 
 def weigh_tiles(
-    q: Tensor, k: Tensor, clusters: KeyClusters, mask_tiles: MaskTiles | None, *, is_causal: bool, scale: float
+    q: Tensor, clusters: KeyClusters, mask_tiles: MaskTiles | None, *, is_causal: bool, scale: float, k_len: int
 ) -> Tensor:
-    """clusters.tile_weights of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D]: fp32 [B, Hq, nQ, nK], in nats.
+    """clusters.tile_weights of q [B, Hq, Sq, D] and the clusters of `k_len` keys: fp32 [B, Hq, nQ, nK], in nats.
 
     Undefined for tiles that are not wholly in the causal past. NaN for a whole query tile where a row is not a number
     or its scores overflow; -inf for tiles that the mask hides or cuts, or that have no part (KeyClusters).
     """
-    (batch, heads, q_len, dim), k_len = q.shape, k.shape[2]
+    (batch, heads, q_len, dim), kv_heads = q.shape, clusters.codes.shape[1]
     n_q, n_k, padded = tile_count(q_len, Q_TILE), tile_count(k_len, K_TILE), launch.padded(dim)
     weights = torch.empty(batch, heads, n_q, n_k, dtype=torch.float32, device=q.device)
     kind, bias = (None, None) if mask_tiles is None else (mask_tiles.kind, mask_tiles.bias)
-    (q_strides, q_unit), (k_strides, k_unit) = strides_in_units(q), strides_in_units(k)
+    q_strides, q_unit = strides_in_units(q)
     arch = launch.architecture(q.device)
     config = launch.weights_config(arch, dim)
     launch.run(
         tile_weights_kernel, (batch * heads * n_q,),
-        q, k, clusters.codes, clusters.numbers, clusters.centres, kind, bias, weights,
-        *q_strides, *k_strides, *broadcast_strides(kind), heads, heads // k.shape[1], q_len, k_len, n_q, n_k,
-        float(scale), Q_UNIT=q_unit, K_UNIT=k_unit, DIM=dim, PADDED=padded, Q_TILE=Q_TILE, K_TILE=K_TILE,
+        q, clusters.codes, clusters.numbers, kind, bias, weights,
+        *q_strides, *broadcast_strides(kind), heads, heads // kv_heads, q_len, n_q, n_k,
+        float(scale), Q_UNIT=q_unit, DIM=dim, PADDED=padded, Q_TILE=Q_TILE, K_TILE=K_TILE,
         BLOCK=config.block, CLUSTERS=CLUSTERS, CAUSAL=is_causal, MASKED=kind is not None,
         PRODUCT=launch.product(arch), LOOP_STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -77,14 +77,12 @@ def _cluster_scores(
     return products * (factor[:, None] * scale[None, :]) + offset[None, :], spread
 
 
-@triton.jit(
-    do_not_specialize=["mask_batch", "mask_head", "mask_query", "heads", "group", "q_len", "k_len", "n_q", "n_k"]
-)
+@triton.jit(do_not_specialize=["mask_batch", "mask_head", "mask_query", "heads", "group", "q_len", "n_q", "n_k"])
 def tile_weights_kernel(
-    q_ptr, k_ptr, codes_ptr, numbers_ptr, means_ptr, kind_ptr, bias_ptr, weights_ptr,
-    q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim,
-    mask_batch, mask_head, mask_query, mask_key, heads, group, q_len, k_len, n_q, n_k, scale,
-    Q_UNIT: tl.constexpr, K_UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, Q_TILE: tl.constexpr,
+    q_ptr, codes_ptr, numbers_ptr, kind_ptr, bias_ptr, weights_ptr,
+    q_batch, q_head, q_token, q_dim,
+    mask_batch, mask_head, mask_query, mask_key, heads, group, q_len, n_q, n_k, scale,
+    Q_UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, Q_TILE: tl.constexpr,
     K_TILE: tl.constexpr, BLOCK: tl.constexpr, CLUSTERS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRODUCT: tl.constexpr, LOOP_STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -108,21 +106,6 @@ def tile_weights_kernel(
     maximum, mass = tl.full([Q_TILE], _NOTHING, tl.float32), tl.zeros([Q_TILE], tl.float32)
     if CAUSAL:
         end = tl.minimum(i * (Q_TILE // K_TILE), n_k)
-        centre = head_centre(means_ptr, kv_head, n_k, dims, PADDED)
-        for j in tl.range(end, tl.minimum(end + Q_TILE // K_TILE, n_k), num_stages=1):
-            keys = j * K_TILE + tl.arange(0, K_TILE)
-            k = load_tile(
-                k_ptr, batch, kv_head_index, k_batch, k_head, k_token, k_dim, keys, dims, k_len, K_UNIT, DIM, PADDED, ""
-            )  # [64, D']
-            k -= centre[None, :]
-            k_scale, k_inverse = power_of_two(tl.max(tl.abs(k), 1))
-            k_codes = (k * k_inverse[:, None]).to(tl.float16)
-            s = multiply(q_codes, tl.trans(k_codes), tl.zeros([Q_TILE, K_TILE], tl.float32), PRODUCT)
-            s = s * (factor[:, None] * k_scale[None, :])
-            s = tl.where((keys[None, :] <= rows[:, None]) & (keys < k_len)[None, :], s, _NOTHING)
-            larger = tl.maximum(maximum, tl.max(s, 1))
-            mass = mass * tl.exp2(maximum - larger) + tl.sum(tl.exp2(s - larger[:, None]), 1)
-            maximum = larger
 
     codes_at = codes_ptr + kv_head * CLUSTERS * n_k * PADDED
     numbers_at = numbers_ptr + kv_head * NUMBERS * CLUSTERS * n_k
