@@ -77,14 +77,22 @@ def stages(problem: Problem) -> dict[str, Callable[[], object]]:
     tokens, head_dim = q.shape[2:]
     prepared = prepare(problem)
     out = torch.empty_permuted(q.shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)  # the operator's layout
-    quantized = problem.precision == "int8"
-    select = {"is_causal": problem.is_causal, "scale": head_dim**-0.5, "q_len": tokens, "k_len": tokens}
+    options = {"is_causal": problem.is_causal, "scale": head_dim**-0.5}
+    keys = {"quantized": problem.precision == "int8", "clustered": prepared.keys.clusters is not None}
+
+    def select() -> object:
+        weights = None
+        if prepared.keys.clusters is not None:
+            weights = triton.weigh_tiles(q, k, prepared.keys.clusters, None, **options)
+        of_call = {"q_len": tokens, "k_len": tokens, "weights": weights, **options}
+        return triton.select_tiles(prepared.queries, prepared.keys, None, prepared.thresholds, **of_call)
+
     return {
         "prepare": lambda: prepare(problem),
         "loop": lambda: triton.attend(prepared, out),
-        "keys": lambda: triton.prepare_keys(k, v, is_causal=problem.is_causal, quantized=quantized),
+        "keys": lambda: triton.prepare_keys(k, v, is_causal=problem.is_causal, **keys),
         "queries": lambda: triton.prepare_queries(q, prepared.keys.centre, 1, sign=1),
-        "select": lambda: triton.select_tiles(prepared.queries, prepared.keys, None, prepared.thresholds, **select),
+        "select": select,
     }
 
 

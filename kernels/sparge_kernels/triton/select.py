@@ -218,8 +218,9 @@ def drop_smallest(weights, candidates, inside, topk, cdf):
         bit = bit >> 1
     below = tl.sum(tl.where(image < threshold, amounts, 0.0), 0)
     equal = (image == threshold).to(tl.int32)
+    amount = tl.max(tl.where(equal != 0, amounts, 0.0), 0)  # theirs is the same: a number costs less than a row
     equals_from_here = (tl.sum(equal, 0) - tl.cumsum(equal, 0) + equal).to(tl.float32)
-    kept = (image > threshold) | ((equal != 0) & (below + equals_from_here * amounts > budget))
+    kept = (image > threshold) | ((equal != 0) & (below + equals_from_here * amount > budget))
     return tl.where(unknown != 0, image == image, kept)
 
 
