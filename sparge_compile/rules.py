@@ -37,7 +37,8 @@ class Rule:
 
 
 # Tried from the top. Flat attention over many tokens decides the first row: its output is a mean of many values, so a
-# small share of the mass is a larger share of it. Causal maps are more peaked, and their diagonal is always computed.
+# small share of the mass is a larger share of it. Causal maps are more peaked, and the share is one of the mass before
+# the query tile only: the tile itself is always computed and not counted (clusters.py).
 # The paper's row keeps .98 of the proxy mass, as its authors' code does; it loses needles (predictors.md).
 RULES = (
     Rule("full", "clusters", Thresholds(topk=None, cdf=0.96, similarity=0.15, pv=None), is_causal=False),
