@@ -22,7 +22,7 @@ from torch import Tensor
 from sparge_kernels.thresholds import K_TILE, Q_TILE
 from sparge_kernels.tiles import diagonal_tiles, past_tiles, split_tiles
 
-MASK_SPREAD = 8.0
+MASK_SPREAD = 1.0
 """Largest difference in nats inside a tile whose mask is represented by its mean."""
 
 

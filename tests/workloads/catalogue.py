@@ -115,6 +115,26 @@ def needles(base: Callable[[int], Workload], count: int = 12, strength: float = 
     return make
 
 
+def loud(channels: int, is_causal: bool) -> Callable[[int], Workload]:
+    """Keys that vary, inside each tile, in a few loud channels, and queries that look along these."""
+
+    def make(tokens: int) -> Workload:
+        generator = torch.Generator().manual_seed(4)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(1, 2, *shape, generator=generator)
+
+        size = {4: 4.0, 8: 3.0}[channels]
+        k = (1.5 * randn(-(-tokens // 64), 64)).repeat_interleave(64, 2)[:, :, :tokens] + 0.1 * randn(tokens, 64)
+        k[..., :channels] += size * randn(tokens, channels)
+        q = 0.5 * randn(tokens, 64)
+        looks = randn(-(-tokens // 128), channels).repeat_interleave(128, 2)[:, :, :tokens]
+        q[..., :channels] += looks * 36 / channels**0.5 / size
+        return Workload(q, k, randn(tokens, 64), is_causal)
+
+    return make
+
+
 def uniform(is_causal: bool) -> Callable[[int], Workload]:
     """Nothing to predict."""
 
@@ -155,6 +175,9 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
     "needles in smooth": needles(smooth(3.0, 0.2)),
     "needles in video": needles(video(gain=3.0)),
     "needles in language": needles(language()),
+    "loud channels, 4": loud(4, is_causal=False),
+    "loud channels, 8": loud(8, is_causal=False),
+    "loud channels, 8, causal": loud(8, is_causal=True),
     "uniform": uniform(False),
     "uniform, causal": uniform(True),
 }

@@ -15,8 +15,8 @@ public:
         for (int key = 0; key < K_TILE; ++key) labels_[key] = key < count ? 0 : CLUSTERS;
     }
 
-    // Writes means [CLUSTERS][padded]; sizes [CLUSTERS], and spreads where they are not 0: the mean over keys and `dim`
-    // channels of the squared distances to the mean.
+    // Writes means [CLUSTERS][padded]; sizes [CLUSTERS], and spreads where they are not 0: the mean over `dim`
+    // channels of the variance, at least the largest / LOUDEST.
     void run(int dim, float* means, float* sizes, float* spreads) {
         for (int key = 0; key < K_TILE; ++key) distances_[key] = -1.0f;  // of padding
         represent(0, means);
@@ -33,7 +33,8 @@ public:
                 spread += select(of_cluster(key, c), load(distances_ + key) / static_cast<float>(dim), Floats{});
             }
             sizes[c] = sum(members);
-            spreads[c] = sum(spread) / std::max(sizes[c], 1.0f);
+            const float size = std::max(sizes[c], 1.0f);
+            spreads[c] = std::max(sum(spread) / size, loudest(c, means + c * padded_) / size / LOUDEST);
         }
     }
 
@@ -79,6 +80,20 @@ private:
                 sums[i] += difference * difference;
             }
         for (int i = 0; i < K_TILE / LANES; ++i) store(result + i * LANES, sums[i]);
+    }
+
+    // The largest sum over the cluster's keys of a channel's squared distance to the mean [padded].
+    float loudest(int cluster, const float* mean) const {
+        float most = 0;
+        for (int d = 0; d < padded_; ++d) {
+            Floats sums{};
+            for (int key = 0; key < K_TILE; key += LANES) {
+                const Floats difference = load(columns_ + d * K_TILE + key) - mean[d];
+                sums += select(of_cluster(key, cluster), difference * difference, Floats{});
+            }
+            most = std::max(most, sum(sums));
+        }
+        return most;
     }
 
     int farthest_key() const {

@@ -14,6 +14,7 @@ constexpr float LARGEST_CODE = 127.0f;
 constexpr int MAX_DIM = 256;  // checks.py
 
 constexpr int CLUSTERS = 4;   // clusters.py
+constexpr float LOUDEST = 1.5f;
 
 // Means of clusters meet queries in bf16 where the CPU can: a score of 50 nats then errs by some hundredths.
 #if defined(SPARGE_BF16_DOT)

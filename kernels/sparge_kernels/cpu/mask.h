@@ -7,7 +7,7 @@
 
 namespace sparge {
 
-constexpr float MASK_SPREAD = 8.0f;  // masks.py
+constexpr float MASK_SPREAD = 1.0f;  // masks.py
 
 enum MaskKind : uint8_t {
     HIDDEN = 0,   // -inf everywhere: the tile is never visited

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparge_kernels.clusters import CLUSTERS
+from sparge_kernels.clusters import CLUSTERS, LOUDEST
 from sparge_kernels.thresholds import K_TILE
 from sparge_kernels.triton import launch
 from sparge_kernels.triton.rows import all_finite, load_tile, power_of_two, strides_in_units
@@ -55,6 +55,7 @@ def cluster_keys(k: Tensor, means: Tensor, flags: Tensor, unusable: int) -> KeyC
     launch.run(
         cluster_keys_kernel, (batch * heads * n_k,), k, means, flags, codes, numbers, *strides, heads, k_len, n_k,
         UNUSABLE=unusable, UNIT=unit, DIM=dim, PADDED=padded, K_TILE=K_TILE, CLUSTERS=CLUSTERS,
+        LOUDEST=LOUDEST,
         num_warps=K_TILE * padded // _NUMBERS_A_WARP,
     )  # fmt: skip
     return KeyClusters(codes, numbers)
@@ -92,7 +93,7 @@ def cluster_keys_kernel(
     k_ptr, means_ptr, flags_ptr, codes_ptr, numbers_ptr,
     k_batch, k_head, k_token, k_dim, heads, k_len, n_k,
     UNUSABLE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, K_TILE: tl.constexpr,
-    CLUSTERS: tl.constexpr,
+    CLUSTERS: tl.constexpr, LOUDEST: tl.constexpr,
 ) -> None:  # fmt: skip
     """The clusters of one K tile; grid (B * Hkv * nK,)."""
     program = tl.program_id(0)
@@ -123,15 +124,16 @@ def cluster_keys_kernel(
         mean_1 = tl.where(new == 1, taken, tl.where(split == 1, left, mean_1))
         mean_2 = tl.where(new == 2, taken, tl.where(split == 2, left, mean_2))
         mean_3 = tl.where(new == 3, taken, mean_3)
-    deviations = _distances(k, labels, mean_0, mean_1, mean_2, mean_3) * (1.0 / DIM)
 
     usable = (tl.load(flags_ptr + program) & UNUSABLE) == 0
     centre = head_centre(means_ptr, kv_head, n_k, dims, PADDED)
     for c in tl.static_range(0, CLUSTERS):
         mean = mean_0 if c == 0 else mean_1 if c == 1 else mean_2 if c == 2 else mean_3
+        deviations = tl.where((labels == c)[:, None], k - mean[None, :], 0.0)
+        variances = tl.sum(deviations * deviations, 0)  # [D'], times the number of keys
         mean = tl.where(usable, mean - centre, 0.0)
         size = tl.sum((labels == c).to(tl.float32), 0)
-        spread = tl.sum(tl.where(labels == c, deviations, 0.0), 0) / tl.maximum(size, 1.0)
+        spread = tl.maximum(tl.sum(variances, 0) / DIM, tl.max(variances, 0) / LOUDEST) / tl.maximum(size, 1.0)
         scale, inverse = power_of_two(tl.max(tl.abs(mean), 0))
         at = (kv_head.to(tl.int64) * CLUSTERS + c) * n_k + j
         tl.store(codes_ptr + at * PADDED + dims, (mean * inverse).to(tl.float16))
