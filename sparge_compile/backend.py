@@ -162,7 +162,7 @@ def _variant() -> int | None:
 def _warn_before_recompile_limit() -> None:
     """Past its recompile limit TorchDynamo runs the model eagerly and silently; say so one variant earlier."""
     code = dynamo.code_being_compiled()
-    if code is None or _variant() != dynamo.recompile_limit():
+    if code is None or dynamo.variants_compiled(code) + 1 != dynamo.recompile_limit():
         return
     warnings.warn(
         f"sparge: this is variant {dynamo.recompile_limit()} of {code.co_name} ({code.co_filename}:"

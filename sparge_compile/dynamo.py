@@ -186,8 +186,14 @@ def not_compiled_in_place(model: Any) -> Iterator[None]:
 
 
 def variants_compiled(code: CodeType) -> int:
-    """How many variants of a code object TorchDynamo holds, the one being compiled not counted."""
-    return len(_debug_get_cache_entry_list(code))
+    """How many variants of a code object count towards torch's limit, the one being compiled not counted.
+
+    Compiles kept apart (`aside`, or `isolate_recompiles=True` of the user's) count for themselves.
+    """
+    if not ISOLATES:
+        return len(_debug_get_cache_entry_list(code))
+    region = torch._C._dynamo.eval_frame.get_eval_frame_isolate_recompiles_id()
+    return len(torch._C._dynamo.eval_frame._get_cache_entries_for_region(code, region))
 
 
 def recompile_limit() -> int:

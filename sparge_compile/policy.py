@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparge_compile.profile import Profile
-from sparge_kernels.thresholds import PREDICTORS
+from sparge_kernels.thresholds import DEFAULT_PREDICTOR, PREDICTORS
 
 OPTION_PREFIX = "sparge."
 PRECISIONS = ("auto", "int8", "fp8", "none")
@@ -82,8 +82,17 @@ class Policy:
 
     @property
     def token(self) -> str:
-        """A text that is equal exactly for policies that make the same choices: all disabled ones do."""
-        return self.identity if self.enabled else "disabled"
+        """A text that is equal for policies that make the same choices: all disabled ones do, for example."""
+        if not self.enabled:
+            return "disabled"
+        return replace(
+            self,
+            {
+                "predictor": DEFAULT_PREDICTOR if self.predictor == "auto" else self.predictor,
+                "precision": "int8" if self.precision == "auto" else self.precision,
+                "cdf_threshold": None if self.topk is not None else self.cdf_threshold,
+            },
+        ).identity
 
     def _check_flag(self, name: str) -> None:
         value = getattr(self, name)

@@ -58,7 +58,9 @@ class dense_steps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._switch(dense=False)
+        # Here and not by `_switch`: a callback in another thread or task left the context there, not here.
+        self._rewriting_off.__exit__(None, None, None)
+        self._dense = False
 
     def _on_step_end(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]

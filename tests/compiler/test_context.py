@@ -81,13 +81,13 @@ def test_all_disabled_policies_share_one_variant(compiled):
 
 def test_contexts_nest_fields_change_and_policies_replace(compiled):
     with sparge.rewriting(topk=0.3):
-        with sparge.rewriting(cdf_threshold=0.5):
+        with sparge.rewriting(similarity_threshold=0.5):
             compiled(X)
         with sparge.rewriting(Policy(min_tokens=0)):
             compiled(X)
         compiled(X)
-    seen = [tuple(node.kwargs["thresholds"][:2]) for node in compiled.backend.operators()]
-    assert seen == [(0.3, 0.5), (0.0, FULL.cdf), (0.3, FULL.cdf)]
+    seen = [tuple(node.kwargs["thresholds"][0:3:2]) for node in compiled.backend.operators()]
+    assert seen == [(0.3, 0.5), (0.0, FULL.similarity), (0.3, FULL.similarity)]
 
 
 def test_a_policy_without_min_tokens_brings_the_break_even_back(compiled):

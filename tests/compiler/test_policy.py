@@ -137,6 +137,12 @@ def test_equal_policies_have_equal_tokens(one, other):
     assert one.token == other.token and one.identity == other.identity
 
 
+def test_policies_that_make_the_same_choices_share_a_token():
+    assert Policy(predictor="auto").token == Policy(predictor="clusters").token != Policy(predictor="sparge").token
+    assert Policy(precision="auto").token == Policy(precision="int8").token
+    assert Policy(topk=0.3, cdf_threshold=0.5).token == Policy(topk=0.3, cdf_threshold=0.9).token
+
+
 def test_different_policies_have_different_tokens_and_disabled_ones_share_one():
     changes = [{}, {"topk": 0.3}, {"cdf_threshold": 0.9}, {"similarity_threshold": 0.1}, {"pv_threshold": -3.0}]
     changes += [

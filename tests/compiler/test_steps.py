@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 
 import pytest
@@ -114,3 +115,16 @@ def test_the_callback_has_diffusers_signature():
     with sparge.dense_steps(1) as on_step_end:
         wanted = list(inspect.signature(callbacks.PipelineCallback.__call__).parameters)
         assert list(inspect.signature(on_step_end).parameters) == wanted[1:]
+
+
+def test_a_pipeline_in_another_task_leaves_nothing_dense_behind():
+    pipe = Pipeline()
+
+    async def main() -> list[bool]:
+        with sparge.dense_steps(2) as on_step_end:
+            steps = await asyncio.to_thread(pipe, on_step_end)
+        assert context.in_force(SPARSE).enabled
+        return steps
+
+    assert asyncio.run(main()) == [False, False, True, True, True, True]
+    assert context.in_force(SPARSE).enabled

@@ -7,7 +7,7 @@ from light import LightBackend, run
 from torch import nn
 
 import sparge_compile as sparge
-from sparge_compile import Policy, Profile
+from sparge_compile import Policy, Profile, dynamo
 from sparge_compile.report import Report
 from sparge_compile.rules import rule_for
 from sparge_kernels.thresholds import Thresholds, pack
@@ -88,3 +88,17 @@ def test_the_table_shows_the_expected_density_until_one_is_measured():
     (measured,) = sparge.explain(Attention(), X, policy=Policy(min_tokens=0, topk=0.25)).sites
     assert measured.density is not None and f"{measured.density:.3f}" in str(Report((measured,)))
     assert "~" not in str(Report((measured,)))
+
+
+@pytest.mark.skipif(not dynamo.ISOLATES, reason="torch 2.11 cannot keep compiles apart; explain's docstring says so")
+def test_what_explain_compiles_is_not_counted_as_the_users():
+    model = Attention()
+    for topk in (0.2, 0.3, 0.4):
+        sparge.explain(model, X, policy=Policy(min_tokens=0, topk=topk))
+    backend = LightBackend(Policy(min_tokens=0))
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        compiled(X)
+        with sparge.rewriting(topk=0.5):
+            compiled(X)
+    assert [site.variant for site in backend.sites] == [1, 2]
