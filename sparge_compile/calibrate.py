@@ -52,7 +52,8 @@ def calibrate(
         min_row_cosine: least cosine between a row of a head's output and the dense one, in [-1, 1).
         policy: None: the one in force here, on top of the `options` of a compiled model.
         checkpoint: a file for partial results, written after every input. A later call with the same arguments goes on
-            from there; it is removed at the end.
+            from there, if the finished inputs and the model's weights (names, shapes and a few elements of each) are
+            the same; it is removed at the end.
         progress: show a progress bar.
 
     Returns:
@@ -60,8 +61,9 @@ def calibrate(
         site that has none within the budget is dense in it, with the reason.
 
     Raises:
-        ValueError: an argument out of range, no inputs, a disabled policy, a checkpoint of something else, or not one
-            attention call that can be rewritten: the message lists each with its reason.
+        ValueError: an argument out of range, no inputs, a disabled policy, a checkpoint that is damaged, cannot be
+            written or is of something else, or not one attention call that can be rewritten: the message lists each
+            with its reason.
         TypeError: inputs that are no iterable of batches.
     """
     _check_bounds(max_error, min_row_cosine)
@@ -82,7 +84,7 @@ def calibrate(
         repr(origin),
         len(batches) if isinstance(batches, Sized) else None,
     )
-    sites = _Calibration(target, chosen, batches, settings, Checkpoint(checkpoint, settings), progress).run()
+    sites = _Calibration(target, chosen, batches, settings, Checkpoint(checkpoint, settings, target), progress).run()
     return _profile(sites, settings, origin)
 
 
@@ -109,6 +111,7 @@ class _Calibration:
                 before = finished
                 for batch in self.batches:
                     finished += 1
+                    self.checkpoint.next_input(finished, batch)
                     if finished > done:
                         with warnings.catch_warnings():
                             warnings.simplefilter("ignore", UserWarning)
