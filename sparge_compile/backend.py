@@ -73,11 +73,12 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
 
 
 def decide_sites(
-    gm: fx.GraphModule, base: Policy, markers: Sequence[Marker] = ()
+    gm: fx.GraphModule, base: Policy, markers: Sequence[Marker] | None = None
 ) -> tuple[Policy, list[tuple[AttentionSite, Decision | Refusal]]]:
     """(the policy in force, each attention call of `gm` and what is decided about it). Edits nothing.
 
-    A graph with attention is guarded on the policy and on what the decisions depend on.
+    A graph with attention is guarded on the policy and on what the decisions depend on. Without `markers` what is
+    attached to the modules has no part in them.
 
     Raises:
         ProfileError: the policy's profile was made for another model than the one being compiled.
@@ -103,7 +104,7 @@ def _decide_all(
     gm: fx.GraphModule,
     sites: Sequence[AttentionSite],
     policy: Policy,
-    markers: Sequence[Marker],
+    markers: Sequence[Marker] | None,
 ) -> list[Decision | Refusal]:
     if not policy.enabled:
         return [Refusal("rewriting is off (enabled=False)", requested=True) for _ in sites]
@@ -111,7 +112,7 @@ def _decide_all(
     if blocked is not None:
         return [Refusal(blocked) for _ in sites]
     written = written_nodes(gm.graph)
-    tables = tables_of(sites, markers)
+    tables = {} if markers is None else tables_of(sites, markers)
     return [_decide(site, policy, written, tables.get(site.node)) for site in sites]
 
 

@@ -42,7 +42,8 @@ def calibrate(
 
     Runs the model twice on every input, densely, without gradients and in the state it is in, and leaves it and its
     compiles as they were. (On torch 2.11 each policy calibrated counts towards torch's limit of compiled variants.)
-    Precision, min_tokens, dense patterns and pv_threshold are the policy's.
+    Precision, min_tokens, dense patterns and pv_threshold are the policy's; its profile, and what is attached to the
+    model (`attach`), are ignored.
 
     Args:
         model: a module or function; compiled or not.

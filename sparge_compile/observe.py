@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparge_compile.backend import decide_sites
+from sparge_compile.markers import take_markers
 from sparge_compile.policy import Policy
 from sparge_compile.search import Call
 from sparge_compile.site import Claim, Decision, Refusal
@@ -53,7 +54,11 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("sparge_observer", default=N
 
 
 def observing_backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A TorchDynamo backend: leaves every node in place and adds one that looks on after each site to be rewritten."""
+    """A TorchDynamo backend: leaves every node in place and adds one that looks on after each site to be rewritten.
+
+    Thresholds attached to modules are taken out of the graph and ignored.
+    """
+    take_markers(gm)
     _, outcomes = decide_sites(gm, Policy())
     refused = {site.name: outcome.reason for site, outcome in outcomes if isinstance(outcome, Refusal)}
     for _, outcome in outcomes:

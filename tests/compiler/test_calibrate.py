@@ -10,6 +10,7 @@ from torch import nn
 
 import sparge_compile as sparge
 from sparge_compile import Policy, Profile, calibration, dynamo, fingerprint, search
+from sparge_compile.attach import attached_thresholds
 from sparge_compile.search import Call, candidates, compare, measure
 from sparge_compile.verify import Found, Unfit, Verified
 from sparge_kernels import ops
@@ -187,6 +188,18 @@ def test_blocks_that_share_a_graph_are_calibrated_apart():
     assert sorted(profile.sites) == ["0.attention", "1.attention", "2.attention"]
     errors = [profile.measured[name][0].error for name in sorted(profile.sites)]
     assert len(set(errors)) == 3
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Stack(2), lambda: nn.Sequential(BreakingBlock(), BreakingBlock())], ids=["whole", "graph-break"]
+)
+def test_what_is_attached_to_the_model_is_ignored_and_stays(make):
+    model, inputs = make().eval(), [torch.randn(1, 200, 16)]
+    expected = sparge.calibrate(model, inputs, **QUIET)
+    other = Profile({name: (Thresholds(0.2, 1.0, -1.0, None),) for name in expected.sites})
+    with sparge.attach(model, other):
+        assert sparge.calibrate(model, inputs, **QUIET) == expected
+        assert all(attached_thresholds(model, name) == entries for name, entries in other.sites.items())
 
 
 INPUTS = {
