@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sparge_compile import dynamo
 from sparge_compile.markers import PREFIX, STATE, mark
 from sparge_compile.profile import Profile, ProfileError
+from sparge_compile.site_names import module_named, split
 from sparge_kernels.thresholds import FIELDS, Thresholds, pack, unpack
 
 _REPLACED = "_sparge_forward"  # the forward an attached instance had of its own; None if its class's
@@ -127,8 +128,8 @@ class Attachment:
 
 def attached_thresholds(model: Any, site: str) -> tuple[Thresholds, ...]:
     """What is attached for a site of a model now: one entry, or one per query head; empty if nothing is."""
-    base, call = _split(site)
-    module = _module(model, base) if isinstance(model, nn.Module) else None
+    base, call = split(site)
+    module = module_named(model, base) if isinstance(model, nn.Module) else None
     table = None if module is None else _tables(module).get(f"{PREFIX}{call}")
     if table is None or table.dtype != torch.int64:
         return ()
@@ -150,8 +151,8 @@ def _plan(model: nn.Module, profile: Profile) -> _Plan:
     names: dict[nn.Module, str] = {}
     missing = []
     for site, entries in {**profile.sites, **dict.fromkeys(profile.dense, ())}.items():
-        base, call = _split(site)
-        module = _module(model, base)
+        base, call = split(site)
+        module = module_named(model, base)
         if module is None:
             missing.append(site)
             continue
@@ -171,20 +172,6 @@ def _plan(model: nn.Module, profile: Profile) -> _Plan:
             base = names[module]
             raise ProfileError(f"the profile names {base!r} as one call and, as '{base}:{max(calls)}', as several.")
     return plan
-
-
-def _split(site: str) -> tuple[str, int]:
-    """`blocks.3.attn1:2` as ("blocks.3.attn1", 2); without a number the call is 0, the only one."""
-    base, _, number = site.rpartition(":")
-    return (base, int(number)) if base and number.isdecimal() else (site, 0)
-
-
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of that qualified name; the model itself is called by its class."""
-    try:
-        return dynamo.uncompiled(model.get_submodule(name))[0]  # type: ignore[return-value]
-    except AttributeError:
-        return model if name == type(model).__name__ else None
 
 
 def _check_free(module: nn.Module, calls: Mapping[int, Any]) -> None:

@@ -15,6 +15,7 @@ from sparge_compile.markers import take_markers
 from sparge_compile.policy import Policy
 from sparge_compile.search import Call
 from sparge_compile.site import Claim, Decision, Refusal
+from sparge_compile.site_names import module_named, split
 from sparge_compile.watch import OUTSIDE, Watcher, module_running
 
 
@@ -23,6 +24,7 @@ class Observer(Watcher):
 
     def __init__(self, target: Callable[..., Any]) -> None:
         super().__init__(target)
+        self.target = target
         self.refused: dict[str, str] = {}
         self.modules: tuple[nn.Module | None, nn.Module | None] = (None, None)  # traced in, running now
 
@@ -31,6 +33,11 @@ class Observer(Watcher):
 
     def refuse(self, site: str, reason: str) -> None:
         self.refused[site] = reason
+
+    def cut_off(self, site: str) -> bool:
+        """Is the name not that of a module, so that calls of several modules may share it?"""
+        model = self.target
+        return isinstance(model, nn.Module) and module_named(model, split(site)[0]) is None
 
     def ran_outside(self, name: str, source: str) -> None:
         self.refuse(name, f"{OUTSIDE} ({source})")
@@ -50,6 +57,10 @@ class Observer(Watcher):
             _OBSERVER.reset(token)
 
 
+_CUT_OFF = (
+    "a graph break inside the module's forward cuts the call off from its module, so it is not known which that is; "
+    "TORCH_LOGS=graph_breaks shows where"
+)
 _OBSERVER: ContextVar[Observer | None] = ContextVar("sparge_observer", default=None)
 
 
@@ -89,6 +100,9 @@ def _look_on(graph: fx.Graph, decision: Decision) -> None:
         if observer is None:
             return
         site = observer.name_of(claim.site.name, *observer.modules)
+        if observer.cut_off(site):
+            observer.refuse(site, _CUT_OFF)
+            return
         if min(query.shape[2], key.shape[2]) < decision.min_tokens:
             observer.refuse(site, f"fewer than min_tokens={decision.min_tokens} queries or keys")
             return

@@ -190,6 +190,24 @@ def test_blocks_that_share_a_graph_are_calibrated_apart():
     assert len(set(errors)) == 3
 
 
+class BreaksInForward(Attention):
+    """Whose attention call is traced apart from its module: three of them share one name."""
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(break_inside(x)).chunk(3, dim=-1))
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_calls_cut_off_from_their_module_are_not_calibrated():
+    model = nn.Sequential(Attention(), BreaksInForward(), BreaksInForward()).eval()
+    profile = sparge.calibrate(model, [torch.randn(1, 200, 16)], **QUIET)
+    assert list(profile.sites) == ["0"] and not profile.dense
+    assert any("a graph break inside the module's forward" in reason for reason in profile.not_calibrated.values())
+    with pytest.raises(ValueError, match=r"nothing to calibrate:\n  .*a graph break inside the module's forward"):
+        sparge.calibrate(model[1:], [torch.randn(1, 200, 16)], **QUIET)
+
+
 @pytest.mark.parametrize(
     "make", [lambda: Stack(2), lambda: nn.Sequential(BreakingBlock(), BreakingBlock())], ids=["whole", "graph-break"]
 )
