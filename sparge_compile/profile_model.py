@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,21 +12,24 @@ from torch import nn
 from sparge_compile import dynamo
 from sparge_compile.profile_data import ModelFacts, Origin, ProfileError
 
-_FACTS: WeakKeyDictionary[nn.Module, ModelFacts] = WeakKeyDictionary()
 _WARNED: set[tuple[str, str]] = set()
 
 
 def model_facts(module: nn.Module) -> ModelFacts:
-    """The facts of a module, seen through `torch.compile`."""
+    """The facts of a module as it is now, seen through `torch.compile` and the wrappers of data parallelism."""
+    original = _unwrapped(module)
+    parameters = original.named_parameters(remove_duplicate=False)
+    lines = sorted(f"{name.replace('_orig_mod.', '')} {list(value.shape)}" for name, value in parameters)
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    kind = type(original)
+    return ModelFacts(f"{kind.__module__}.{kind.__qualname__}", digest)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
     original: Any = dynamo.uncompiled(module)[0]
-    facts = _FACTS.get(original)
-    if facts is None:
-        parameters = original.named_parameters(remove_duplicate=False)
-        lines = sorted(f"{name.replace('_orig_mod.', '')} {list(value.shape)}" for name, value in parameters)
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-        kind = type(original)
-        facts = _FACTS[original] = ModelFacts(f"{kind.__module__}.{kind.__qualname__}", digest)
-    return facts
+    while isinstance(original, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        original = dynamo.uncompiled(original.module)[0]
+    return original
 
 
 def device_name(device: torch.device) -> str:

@@ -138,6 +138,28 @@ def test_the_model_it_was_made_for_is_accepted_however_it_is_compiled():
     profile.check_model(inner)
 
 
+def test_a_model_is_seen_as_it_is_now():
+    model = Stack(2)
+    profile = profile_for(model)
+    profile.check_model(model)
+    model.blocks[0] = Stack(1)
+    with pytest.raises(ProfileError, match="other names or shapes"):
+        profile.check_model(model)
+
+
+def test_the_wrappers_of_data_parallelism_are_seen_through():
+    model = Stack(2)
+    profile = profile_for(model)
+    profile.check_model(nn.DataParallel(torch.compile(model)))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        profile.check_model(torch.compile(nn.parallel.DistributedDataParallel(model)))
+    finally:
+        torch.distributed.destroy_process_group()
+    with pytest.raises(ProfileError, match=r"the model is .*Linear"):
+        profile.check_model(nn.DataParallel(nn.Linear(2, 2)))
+
+
 def test_another_model_is_refused():
     profile = profile_for(Stack(2))
     with pytest.raises(ProfileError, match=r"made for light\.Stack, the model is .*Linear"):
