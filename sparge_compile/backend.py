@@ -98,6 +98,7 @@ def _check_profile(policy: Policy) -> None:
     module = dynamo.compiled_module()
     if policy.enabled and policy.profile is not None and module is not None:
         policy.profile.check_model(module)
+        policy.profile.warn_of_missing_sites(module)
 
 
 def _decide_all(

@@ -47,7 +47,8 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
     target, options = dynamo.uncompiled(model)
     chosen = context.in_force(split_options(options)[0]) if policy is None else policy
     if chosen.enabled and chosen.profile is not None and isinstance(target, nn.Module):
-        chosen.profile.check_model(target)  # here, where its warning is heard
+        chosen.profile.check_model(target)  # here, where the warnings are heard
+        chosen.profile.warn_of_missing_sites(target)
     collector = _Collector(target)
     token = _COLLECTOR.set(collector)
     try:

@@ -86,6 +86,10 @@ class Profile:
         """
         profile_model.check_model(self.origin, module)
 
+    def warn_of_missing_sites(self, module: nn.Module) -> None:
+        """Warns, once for each class, if the module lacks modules that the profile names."""
+        profile_model.warn_of_missing_sites(self.digest, [*self.sites, *self.dense], module)
+
     def merge(self, *others: Profile) -> Profile:
         """This profile and others of the same model, tile geometry and predictor, for example of two devices.
 

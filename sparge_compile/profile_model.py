@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from sparge_compile import dynamo
 from sparge_compile.profile_data import ModelFacts, Origin, ProfileError
+from sparge_compile.site_names import module_named, split
 
 _WARNED: set[tuple[str, str]] = set()
 
@@ -61,6 +63,20 @@ def check_model(origin: Origin, module: nn.Module) -> None:
     parameter = next(module.parameters(), None)
     if origin.device is not None and parameter is not None and parameter.device.type != "meta":
         _check_device(origin.device, device_name(parameter.device))
+
+
+def warn_of_missing_sites(digest: str, sites: Iterable[str], module: nn.Module) -> None:
+    """Warns, once for each profile (by its digest) and class, of sites whose module this one does not have."""
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    missing = [site for site in sites if module_named(module, split(site)[0]) is None]
+    if missing and (digest, kind) not in _WARNED:
+        _WARNED.add((digest, kind))
+        warnings.warn(
+            f"sparge: {type(module).__name__} has no module for {len(missing)} of the sites in its profile: "
+            f"{', '.join(missing)}. Nothing gets their thresholds. Names are those in the module that is compiled; "
+            "blocks compiled one by one get theirs with sparge_compile.attach(model, profile).",
+            stacklevel=3,
+        )
 
 
 def _same_class(one: str, other: str) -> bool:

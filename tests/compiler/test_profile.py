@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from light import EXACT_FIELDS, Stack, run
+from light import EXACT_FIELDS, LightBackend, Stack, run
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -201,6 +201,32 @@ def test_a_compile_of_another_model_is_refused():
     with pytest.raises(ProfileError, match="other names or shapes"):
         sparge.explain(Stack(1), X, policy=policy)
     assert not any(run(Stack(1), X, policy=Policy(profile=policy.profile, enabled=False))[1].rewritten)
+
+
+def compiled(model, policy):
+    """Runs it compiled, with its warnings heard."""
+    with torch.no_grad(), sparge.rewriting(policy):
+        return torch.compile(model, backend=LightBackend(policy))(X)
+
+
+def test_sites_the_compiled_model_does_not_have_are_warned_of_once():
+    sites = dict.fromkeys(("blocks.0", "blocks.7", "Stack", "other:2"), (KEEP_ALL,))
+    policy = Policy(**{**EXACT_FIELDS, "profile": Profile(sites, dense={"gone": "NaN"})})
+    with pytest.warns(
+        UserWarning, match=r"Stack has no module for 3 of the sites in its profile: blocks\.7, other:2, gone\."
+    ):
+        compiled(Stack(1), policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(Stack(1), policy)
+        named = Profile({"blocks.0:1": (KEEP_ALL,), "blocks.1": (KEEP_ALL,)})
+        compiled(Stack(2), Policy(**{**EXACT_FIELDS, "profile": named}))
+
+
+def test_explain_warns_of_missing_sites_where_it_is_heard():
+    profile = Profile({"blocks.0": (KEEP_ALL,), "blocks.8": (KEEP_ALL,)})
+    with pytest.warns(UserWarning, match=r"no module for 1 of the sites in its profile: blocks\.8"):
+        sparge.explain(Stack(1), X, policy=Policy(profile=profile))
 
 
 def test_a_site_dense_in_the_profile_stays_dense_and_says_why_even_under_strict():
