@@ -158,10 +158,7 @@ def _plan(model: nn.Module, profile: Profile) -> _Plan:
             continue
         if names.setdefault(module, base) != base:
             raise ProfileError(f"the profile names one module twice, as {names[module]!r} and {base!r}.")
-        entries_wanted = site not in profile.dense
-        if bool(entries) != entries_wanted or not all(isinstance(entry, Thresholds) for entry in entries):
-            raise ProfileError(f"the profile's site {site!r} must hold one Thresholds, or one for each query head.")
-        plan.setdefault(module, {})[call] = tuple(entries)
+        plan.setdefault(module, {})[call] = entries
     if missing:
         raise ProfileError(
             f"the profile was made from another model: {type(model).__name__} has no module for {len(missing)} of its "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -46,8 +45,17 @@ class Profile:
     origin: Origin = field(default_factory=Origin)
 
     def __post_init__(self) -> None:
+        """Checks everything, and keeps copies of the mappings.
+
+        Raises:
+            ProfileError: another geometry than the kernels', an unknown predictor, or a site that holds something else.
+        """
+        if (self.q_tile, self.k_tile) != (Q_TILE, K_TILE):
+            raise ProfileError(profile_format.other_tiles(self.q_tile, self.k_tile))
         if self.predictor not in PREDICTORS:
             raise ProfileError(f"predictor={self.predictor!r}: must be one of {', '.join(PREDICTORS)}.")
+        for name in ("sites", "measured", "dense", "not_calibrated"):
+            object.__setattr__(self, name, _copied(name, getattr(self, name)))
         both = sorted(set(self.sites) & set(self.dense))
         if both:
             raise ProfileError(f"site {both[0]!r} has thresholds and is dense; a site may be in one of them only.")
@@ -91,13 +99,13 @@ class Profile:
         profile_model.warn_of_missing_sites(self.digest, [*self.sites, *self.dense], module)
 
     def merge(self, *others: Profile) -> Profile:
-        """This profile and others of the same model, tile geometry and predictor, for example of two devices.
+        """This profile and others of the same model and predictor, for example of two devices.
 
         Sites of any of them; where several know a head, the more careful thresholds (`profile_merge.more_careful`) and
         the worse measurement. A site dense in one is dense.
 
         Raises:
-            ProfileError: they are of different models, geometries or predictors, or their heads do not fit.
+            ProfileError: they are of different models or predictors, or their heads do not fit.
         """
         merged = self
         for other in others:
@@ -105,10 +113,10 @@ class Profile:
         return merged
 
     def _merged(self, other: Profile) -> Profile:
-        for what in ("q_tile", "k_tile", "predictor"):
-            mine, theirs = getattr(self, what), getattr(other, what)
-            if mine != theirs:
-                raise ProfileError(f"cannot merge profiles with {what} {mine!r} and {theirs!r}; it must be the same.")
+        if self.predictor != other.predictor:
+            raise ProfileError(
+                f"cannot merge profiles with predictor {self.predictor!r} and {other.predictor!r}; it must be the same."
+            )
         origin = profile_merge.merge_origins(self.origin, other.origin)
         dense = {**other.dense, **self.dense}
         sites = {name: one for name, one in {**other.sites, **self.sites}.items() if name not in dense}
@@ -150,10 +158,10 @@ class Profile:
 
         Raises:
             ProfileError: the file is missing, is not JSON, has another format version or another tile geometry,
-                or holds a number out of range.
+                or holds a number out of range, an unknown key or a key twice.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = profile_format.parse(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ProfileError(f"profile {os.fspath(path)!r} does not exist.") from None
         except OSError as error:
@@ -171,6 +179,25 @@ class Profile:
         reasons = {"dense": self.dense, "not_calibrated": self.not_calibrated}
         tiles = (self.q_tile, self.k_tile)
         return profile_format.write(self.sites, self.measured, reasons, self.predictor, tiles, self.origin)
+
+
+def _copied(field: str, given: Any) -> dict[str, Any]:
+    """A mapping of a profile as a dict; ProfileError unless it holds, by site name, what the field is for."""
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ProfileError(f"{field}={given!r}: must be a mapping by site name.")
+    if field in ("dense", "not_calibrated"):
+        for site, reason in given.items():
+            if not isinstance(reason, str):
+                raise ProfileError(f"{field}, site {site!r}: {reason!r} must be a text, the reason.")
+        return dict(given)
+    kind = Thresholds if field == "sites" else Measurement
+    for site, entries in given.items():
+        if not isinstance(entries, (tuple, list)) or not entries or not all(isinstance(x, kind) for x in entries):
+            raise ProfileError(
+                f"{field}, site {site!r}: {entries!r} must hold one {kind.__name__}, or one for each query head, in a "
+                "tuple."
+            )
+    return {site: tuple(entries) for site, entries in given.items()}
 
 
 def write_whole(path: str | os.PathLike[str], text: Callable[[], str]) -> None:

@@ -16,6 +16,8 @@ _MEASURED = ("error", "worst_row", "density")
 _RANGES = {"error": (0.0, math.inf), "worst_row": (-1.0, 1.0), "density": (0.0, 1.0)}
 _TEXTS = ("device", "sparge_compile", "torch")
 _NUMBERS = ("max_error", "min_row_cosine")
+_TABLES = ("dense", "not_calibrated", "sites")
+_KEYS = ("format_version", "q_tile", "k_tile", "predictor", "model", *_TEXTS, *_NUMBERS, *_TABLES)
 
 
 def write(
@@ -34,7 +36,8 @@ def write(
         "k_tile": tiles[1],
         "predictor": predictor,
         "model": None if model is None else {"name": model.name, "parameters": model.parameters},
-        **{name: getattr(origin, name) for name in (*_TEXTS, *_NUMBERS)},
+        **{name: getattr(origin, name) for name in _TEXTS},
+        **{name: _written(getattr(origin, name)) for name in _NUMBERS},
     }
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for key, texts in reasons.items():
@@ -51,12 +54,42 @@ def _site(heads: Sequence[Thresholds], measured: Sequence[Measurement] | None) -
         values = dict(zip(_THRESHOLDS, (entry.topk, entry.cdf, entry.similarity, entry.pv), strict=True))
         if measured is not None:
             values |= {key: getattr(measured[number], key) for key in _MEASURED}
-        lines.append("   " + json.dumps(values))
+        lines.append("   " + json.dumps({key: _written(value) for key, value in values.items()}))
     return _braces("[]", lines, 2)
+
+
+def _written(number: float | None) -> float | None:
+    """Equal numbers (1 and 1.0, 0.0 and -0.0) as one text, so that equal profiles have one digest."""
+    return None if number is None else float(number) + 0.0
 
 
 def _braces(pair: str, lines: Sequence[str], indent: int) -> str:
     return pair[0] + "\n" + ",\n".join(lines) + "\n" + " " * indent + pair[1] if lines else pair
+
+
+def other_tiles(q_tile: Any, k_tile: Any) -> str:
+    """Why a profile of another geometry is refused."""
+    return (
+        f"made for tiles of {q_tile} x {k_tile} tokens; the kernels use {Q_TILE} x {K_TILE}, "
+        "and thresholds are tied to the tile geometry. Calibrate again."
+    )
+
+
+def parse(text: str) -> Any:
+    """Strict JSON: ValueError for a key that stands twice in an object, NaN or Infinity too."""
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else ()
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
+    return dict(pairs)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def read(content: Any) -> dict[str, Any]:
@@ -68,12 +101,12 @@ def read(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, found {type(content).__name__}.")
     _check_version(content["format_version"])
+    unknown = sorted(set(content) - set(_KEYS))
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}; these are known: {', '.join(_KEYS)}.")
     tiles = (content["q_tile"], content["k_tile"])
     if tiles != (Q_TILE, K_TILE):
-        raise ValueError(
-            f"made for tiles of {tiles[0]} x {tiles[1]} tokens; the kernels use {Q_TILE} x {K_TILE}, "
-            "and thresholds are tied to the tile geometry. Calibrate again."
-        )
+        raise ValueError(other_tiles(*tiles))
     predictor = content["predictor"]
     if predictor not in PREDICTORS:
         raise ValueError(f"predictor={predictor!r}: must be one of {', '.join(PREDICTORS)}.")
@@ -102,7 +135,8 @@ def _check_version(version: Any) -> None:
 def _origin(content: Mapping[str, Any]) -> Origin:
     model = content.get("model")
     if model is not None:
-        if not isinstance(model, dict) or not all(isinstance(model.get(k), str) for k in ("name", "parameters")):
+        texts = isinstance(model, dict) and all(isinstance(text, str) for text in model.values())
+        if not texts or set(model) != {"name", "parameters"}:
             raise ValueError("'model' must be null or an object with the texts 'name' and 'parameters'.")
         model = ModelFacts(model["name"], model["parameters"])
     for key in _TEXTS:
@@ -153,8 +187,8 @@ def _head(place: str, head: Any) -> tuple[Thresholds, Measurement | None]:
 
 
 def _number(value: Any, key: str, place: str, lower: float, upper: float) -> float:
-    if type(value) not in (int, float) or not lower <= value <= upper:
-        raise ValueError(f"{place}: {key}={value!r} must be a number in [{lower:g}, {upper:g}].")
+    if type(value) not in (int, float) or not math.isfinite(value) or not lower <= value <= upper:
+        raise ValueError(f"{place}: {key}={value!r} must be a finite number in [{lower:g}, {upper:g}].")
     return float(value)
 
 

@@ -171,7 +171,7 @@ BAD_PROFILES = [
     ({**GOOD, "sites": {"blocks.0": [{**ENTRY, "topk": 1.5}]}}, r"blocks\.0.*head 0.*topk=1\.5.*\(0, 1\]"),
     ({**GOOD, "sites": {"blocks.0": [ENTRY, {**ENTRY, "pv_threshold": 1.0}]}}, r"head 1.*1\.0.*\(-inf, 0\)"),
     ({**GOOD, "sites": {"blocks.0": [{**ENTRY, "topk": "all"}]}}, "head 0"),
-    ({**GOOD, "sites": {"blocks.0": [{**ENTRY, "topk": math.nan}]}}, "topk=nan"),
+    ({**GOOD, "sites": {"blocks.0": [{**ENTRY, "topk": math.nan}]}}, "NaN is no number"),
     ({**GOOD, "sites": {"blocks.0": [{**ENTRY, "topk": True}]}}, "topk=True"),
     ({**GOOD, "sites": {"blocks.0": [{**ENTRY, "extra": 1}]}}, "exactly topk"),
 ]

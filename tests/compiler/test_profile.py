@@ -98,7 +98,7 @@ def test_a_malformed_fact_is_refused(tmp_path, key, value, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"error": -1}, r"error=-1 must be a number in \[0, inf\]"),
+        ({"error": -1}, r"error=-1 must be a finite number in \[0, inf\]"),
         ({"density": 2}, "density=2"),
         ({"extra": 1}, "exactly"),
     ],
@@ -125,6 +125,68 @@ def test_measurements_must_be_one_per_entry():
         Profile({"a": (entry(), entry())}, measured={"a": (Measurement(0, 1, 1),)})
     with pytest.raises(ProfileError, match="predictor='oracle'"):
         Profile(predictor="oracle")
+
+
+MALFORMED = {
+    "empty": ({"sites": {"a": ()}}, "sites, site 'a': .* must hold one Thresholds"),
+    "bare": ({"sites": {"a": entry()}}, "sites, site 'a': .* in a tuple"),
+    "numbers": ({"sites": {"a": (0.5,)}}, "must hold one Thresholds, or one for each query head"),
+    "no-mapping": ({"sites": [entry()]}, "sites=.*must be a mapping by site name"),
+    "measured": ({"sites": {"a": (entry(),)}, "measured": {"a": ((0, 1, 1),)}}, "must hold one Measurement"),
+    "reason": ({"dense": {"a": None}}, "dense, site 'a': None must be a text"),
+    "q-tile": ({"q_tile": 64}, "made for tiles of 64 x 64 tokens; the kernels use 128 x 64"),
+    "k-tile": ({"k_tile": 128}, "made for tiles of 128 x 128 tokens"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_profile_is_refused_where_it_is_made(fields, message):
+    with pytest.raises(ProfileError, match=message):
+        Profile(**fields)
+
+
+def test_a_profile_does_not_change_with_what_it_was_made_from():
+    sites, dense = {"a": [entry()]}, {"b": "NaN"}
+    profile = Profile(sites, dense=dense)
+    digest = profile.digest
+    sites["a"].append(entry())
+    sites["c"], dense["d"] = (entry(),), "why"
+    assert profile.digest == digest and profile == Profile({"a": (entry(),)}, dense={"b": "NaN"})
+
+
+def test_equal_profiles_have_one_digest():
+    ints = Profile(
+        {"a": (Thresholds(1, 1, 0, -7),)}, measured={"a": (Measurement(0, 1, 1),)}, origin=Origin(max_error=1)
+    )
+    floats = Profile(
+        {"a": (Thresholds(1.0, 1.0, -0.0, -7.0),)},
+        measured={"a": (Measurement(0.0, 1.0, 1.0),)},
+        origin=Origin(max_error=1.0),
+    )
+    assert ints == floats and ints.digest == floats.digest and hash(ints) == hash(floats)
+
+
+STRICT = {
+    "unknown": (lambda text: text.replace('"predictor"', '"author": 1, "predictor"'), "unknown key 'author'"),
+    "in-model": (lambda text: text.replace('{"name"', '{"by": "me", "name"'), "'model' must be null or an object"),
+    "twice": (lambda text: text.replace('"q_tile"', '"q_tile": 128, "q_tile"'), "key 'q_tile' stands twice"),
+    "site-twice": (lambda text: text.replace('"blocks.10"', '"blocks.0"'), r"key 'blocks\.0' stands twice"),
+    "nan": (lambda text: text.replace("0.999", "NaN"), "NaN is no number"),
+    "infinity": (lambda text: text.replace("-5.5", "-Infinity"), "-Infinity is no number"),
+    "overflow": (lambda text: text.replace('"error": 0.01', '"error": 1e999'), "error=inf must be a finite number"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), STRICT.values(), ids=STRICT)
+def test_what_a_profile_file_may_not_hold_is_refused(tmp_path, change, message):
+    path = tmp_path / "profile.json"
+    full_profile().save(path)
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
+    with pytest.raises(ProfileError, match=message) as error:
+        Profile.load(path)
+    assert str(path) in str(error.value)
 
 
 def test_the_model_it_was_made_for_is_accepted_however_it_is_compiled():
@@ -278,10 +340,9 @@ def test_a_merge_gives_each_head_the_entry_for_all_of_them():
     [
         (lambda: profile_for(Stack(3)), "different models"),
         (lambda: Profile(predictor="sparge"), "predictor 'clusters' and 'sparge'"),
-        (lambda: Profile(q_tile=64), "q_tile 128 and 64"),
         (lambda: Profile({"blocks.0": (entry(), entry(), entry())}), "2 heads in one profile and 3"),
     ],
-    ids=["model", "predictor", "geometry", "heads"],
+    ids=["model", "predictor", "heads"],
 )
 def test_a_merge_of_what_does_not_fit_is_refused(other, message):
     with pytest.raises(ProfileError, match=message):
