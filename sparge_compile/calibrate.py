@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -40,8 +41,10 @@ def calibrate(
 ) -> Profile:
     """Finds, per site and head, the sparsest thresholds within `max_error` on these inputs (SpargeAttn, section 3.6).
 
-    Runs the model twice on every input, densely, without gradients and in the state it is in, and leaves it and its
-    compiles as they were. (On torch 2.11 each policy calibrated counts towards torch's limit of compiled variants.)
+    Runs the model twice on every input, densely, without gradients and in the mode it is in: call `model.eval()` first,
+    since in training mode dropout makes the two runs differ and BatchNorm changes the model's buffers. Otherwise the
+    model and its compiles are left as they were. (On torch 2.11 each policy calibrated counts towards torch's limit of
+    compiled variants.)
     Precision, min_tokens, dense patterns and pv_threshold are the policy's; its profile, and what is attached to the
     model (`attach`), are ignored.
 
@@ -65,9 +68,10 @@ def calibrate(
         ValueError: an argument out of range, no inputs, a disabled policy, a checkpoint that is damaged, cannot be
             written or is of something else, or not one attention call that can be rewritten: the message lists each
             with its reason.
-        TypeError: inputs that are no iterable of batches.
+        TypeError: inputs that are no iterable of batches, or a bound that is no number.
     """
     _check_bounds(max_error, min_row_cosine)
+    max_error, min_row_cosine = float(max_error), float(min_row_cosine)
     target, options = dynamo.uncompiled(model)
     chosen = context.in_force(split_options(options)[0]) if policy is None else policy
     if not chosen.enabled:
@@ -124,7 +128,10 @@ class _Calibration:
         return sites
 
 
-def _check_bounds(max_error: float, min_row_cosine: float) -> None:
+def _check_bounds(max_error: Any, min_row_cosine: Any) -> None:
+    for name, value in (("max_error", max_error), ("min_row_cosine", min_row_cosine)):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}.")
     if max_error == 0:
         raise ValueError(
             "max_error=0: no sparse or quantized kernel is without error; use 0.05, or leave the model dense "

@@ -1,6 +1,7 @@
 """Calibrated thresholds keep their promise on the kernel, by an independent measure; and every way not to calibrate."""
 
 import json
+from fractions import Fraction
 
 import pytest
 import torch
@@ -309,6 +310,28 @@ ERRORS = {
 def test_what_cannot_be_calibrated_is_an_error_that_says_why(change, message):
     with pytest.raises(ValueError, match=message):
         sparge.calibrate(Stack(1).eval(), [torch.randn(1, 200, 16)], **{**QUIET, **change})
+
+
+@pytest.mark.parametrize("name", ["max_error", "min_row_cosine"])
+@pytest.mark.parametrize("wrong", ["0.05", None, [0.05], torch.tensor(0.05)], ids=["text", "none", "list", "tensor"])
+def test_a_bound_that_is_no_number_is_an_error_in_words(name, wrong):
+    with pytest.raises(TypeError, match=rf"{name}=.*must be a number, not {type(wrong).__name__}\."):
+        sparge.calibrate(Stack(1).eval(), [torch.randn(1, 200, 16)], **QUIET, **{name: wrong})
+
+
+def test_a_bound_may_be_any_real_number():
+    profile = sparge.calibrate(
+        Stack(1).eval(), [torch.randn(1, 200, 16)], max_error=Fraction(1, 20), min_row_cosine=0, **QUIET
+    )
+    assert (profile.origin.max_error, profile.origin.min_row_cosine) == (0.05, 0.0)
+
+
+def test_the_model_runs_twice_on_each_input_in_the_mode_it_is_in():
+    model, modes = Stack(1).eval(), []
+    model.register_forward_hook(lambda *_: modes.append(model.training))
+    sparge.calibrate(model, [torch.randn(1, 200, 16)] * 2, **QUIET)
+    sparge.calibrate(model.train(), [torch.randn(1, 200, 16)], **QUIET)
+    assert modes == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize("empty", [[], iter([]), range(0)], ids=["list", "iterator", "range"])
