@@ -61,8 +61,9 @@ def calibrate(
         progress: show a progress bar.
 
     Returns:
-        A `Profile` for `Policy(profile=...)`. Its numbers were measured with the kernel on every row of every input; a
-        site that has none within the budget is dense in it, with the reason.
+        A `Profile` for `Policy(profile=...)`. Its numbers were measured with the kernel on every row of every input
+        (`Measurement` says what that means for a head that was over the budget at first); a site that has none within
+        the budget is dense in it, with the reason.
 
     Raises:
         ValueError: an argument out of range, no inputs, a disabled policy, a checkpoint that is damaged, cannot be

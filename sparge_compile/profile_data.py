@@ -11,12 +11,17 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One query head under its thresholds, over all rows of all inputs.
+    """One query head on the kernel, over all rows of all inputs.
+
+    A head that went over the budget stepped back to denser thresholds at that input and had them from there on. What
+    earlier inputs lost under the sparser ones still counts, so `error` may be overstated and `worst_row` understated;
+    `density` is that of the thresholds in the profile.
 
     Attributes:
-        error: relative L1, sum|o - o_dense| / sum|o_dense| (arXiv 2502.18137, section 4).
-        worst_row: least cosine between a row of o and that of o_dense.
-        density: computed / visible tiles.
+        error: relative L1, sum|o - o_dense| / sum|o_dense| (arXiv 2502.18137, section 4), over all inputs.
+        worst_row: least cosine between a row of o and that of o_dense, over all inputs.
+        density: computed / visible tiles, from the input on at which the head last stepped back; of all if it never
+            did.
     """
 
     error: float

@@ -27,7 +27,7 @@ class Verified:
         step: where on its ladder each head stands.
         error, total: sum|o - o_dense| and sum|o_dense| over the inputs so far. A head that stepped back keeps what it
             lost on earlier inputs, so error may be overstated.
-        worst_row: least cosine of a row so far.
+        worst_row: least cosine of a row so far, under those earlier thresholds too.
         computed, visible: tiles, under the thresholds the head has now.
     """
 

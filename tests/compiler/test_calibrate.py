@@ -12,6 +12,7 @@ from torch import nn
 import sparge_compile as sparge
 from sparge_compile import Policy, Profile, calibration, dynamo, fingerprint, search
 from sparge_compile.attach import attached_thresholds
+from sparge_compile.profile import Measurement
 from sparge_compile.search import Call, candidates, compare, measure
 from sparge_compile.verify import Found, Unfit, Verified
 from sparge_kernels import ops
@@ -410,6 +411,16 @@ def test_heads_step_back_twice_as_far_each_time_and_the_rest_stays(monkeypatch):
     monkeypatch.setattr(Verified, "_run", staticmethod(lambda *_: [Found(0.9, 1.0, 0.5, 1.0, 1)] * 2))
     with pytest.raises(Unfit, match=r"head 0 with every tile kept has a relative L1 of 0\.9 .*a row of cosine 0\.5"):
         Verified([[9], [9]]).verify(call, tuple(range(10)), "clusters", 0.05, 0.9)
+
+
+def test_a_head_that_steps_back_keeps_its_error_and_counts_its_density_anew(monkeypatch):
+    results = iter([Found(0.04, 1.0, 0.96, 0.2, 1), Found(0.9, 1.0, 0.5, 0.2, 1), Found(0.02, 1.0, 0.99, 0.6, 1)])
+    monkeypatch.setattr(Verified, "_run", staticmethod(lambda *_: [next(results)]))
+    call = Call(torch.empty(1, 1, 128, 4), torch.empty(1, 1, 128, 4), *[torch.empty(0)] * 2, False, 1.0, "int8")
+    site = Verified([[0, 1]])
+    for _ in range(2):
+        site.verify(call, (0, 1), "clusters", 0.05, 0.9)
+    assert site.chosen(0) == 1 and site.measurement(0) == Measurement(pytest.approx(0.03), 0.96, 0.6)
 
 
 @pytest.mark.skipif(not dynamo.ISOLATES, reason="torch 2.11 cannot keep compiles apart; calibrate's docstring says so")
