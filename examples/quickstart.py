@@ -4,7 +4,8 @@
 
 A small trained transformer (examples/recall) reads a stream in which keys and values are planted and is then asked for
 the values. A dropped tile that mattered shows as a wrong answer. With `--spread 16` the questions stand alone among
-distractors instead of in a row: the hard case for a method that looks at the mean of 128 queries.
+distractors instead of in a row: the hard case for a method that looks at the mean of 128 queries (try
+`sparge.rewriting(predictor="sparge")`).
 """
 
 from __future__ import annotations
