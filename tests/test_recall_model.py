@@ -1,28 +1,15 @@
 """The recall example: its data are what they claim to be, and its committed weights recall."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "recall"
+from workloads.recall import modules
 
 
 @pytest.fixture(scope="module")
 def recall():
-    """The example's `data` and `model` modules, imported by path: examples are not a package."""
-    names = ("data", "model")
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        yield tuple(importlib.import_module(name) for name in names)
-    finally:
-        sys.path.remove(str(EXAMPLE))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
+    """The example's `data` and `model` modules."""
+    return modules()
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -16,7 +18,7 @@ QUESTIONS = 64
 
 def recall_layer(layer: int, tokens: int, spread: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v fp32 [1, 2, tokens, 64] of layer 0 or 1 on one sequence with 64 questions, `spread` tokens each."""
-    data, model = _modules()
+    data, model = modules()
     generator = torch.Generator().manual_seed(seed)
     batch = data.make_batch(1, tokens, pairs=QUESTIONS, queries=QUESTIONS, generator=generator, spread=spread)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -31,10 +33,8 @@ def recall_layer(layer: int, tokens: int, spread: int, seed: int = 1) -> tuple[T
     return tuple(x.contiguous() for x in seen[layer])  # type: ignore[return-value]
 
 
-def _modules():  # type: ignore[no-untyped-def]
+def modules() -> tuple[ModuleType, ...]:
     """The example's `data` and `model`: examples are no package, and other examples may have modules of these names."""
-    import importlib
-
     names = ("data", "model")
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(_EXAMPLE))
