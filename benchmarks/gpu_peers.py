@@ -83,7 +83,7 @@ def stages(problem: Problem) -> dict[str, Callable[[], object]]:
     def select() -> object:
         weights = None
         if prepared.keys.clusters is not None:
-            weights = triton.weigh_tiles(q, k, prepared.keys.clusters, None, **options)
+            weights = triton.weigh_tiles(q, prepared.keys.clusters, None, k_len=tokens, **options)
         of_call = {"q_len": tokens, "k_len": tokens, "weights": weights, **options}
         return triton.select_tiles(prepared.queries, prepared.keys, None, prepared.thresholds, **of_call)
 
