@@ -83,7 +83,7 @@ class _Pass(Observer):
             self.look(site, call)
         except Unfit as unfit:
             self.sites.dense[site] = str(unfit)
-        except Exception as error:
+        except Exception as error:  # whatever a kernel may raise: the other sites are worth their minutes all the same
             self.sites.dense[site] = f"calibration failed: {_first_line(error)}"
 
     def look(self, site: str, call: Call) -> None:

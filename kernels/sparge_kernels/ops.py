@@ -142,13 +142,7 @@ def _run(
     site: str = "",
     with_statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    chosen: dict[str, Any] = {
-        "enable_gqa": enable_gqa,
-        "precision": precision,
-        "predictor": predictor,
-        "layout": layout,
-    }
-    check_call(query, key, value, **chosen)
+    check_call(query, key, value, enable_gqa=enable_gqa, precision=precision, predictor=predictor, layout=layout)
     check_thresholds(thresholds, threshold_table, query)
     check_mask(attn_mask, query, key, is_causal=is_causal)
     out = _empty_output(query, value, layout)
@@ -257,13 +251,7 @@ def _fake(
     layout: Sequence[int] = (0, 2, 1, 3),
     **_: Any,
 ) -> Tensor:
-    chosen: dict[str, Any] = {
-        "enable_gqa": enable_gqa,
-        "precision": precision,
-        "predictor": predictor,
-        "layout": layout,
-    }
-    check_call(query, key, value, **chosen)
+    check_call(query, key, value, enable_gqa=enable_gqa, precision=precision, predictor=predictor, layout=layout)
     check_thresholds(thresholds, threshold_table, query)
     check_mask(attn_mask, query, key, is_causal=is_causal)
     return _empty_output(query, value, layout)
