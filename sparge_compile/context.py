@@ -2,10 +2,9 @@
 
 The policy in force is the compile's own (its `options`) changed by every `rewriting` context around the call,
 outermost first. Contexts live in a ContextVar, so threads and asyncio tasks never see each other's. A compiled graph
-that holds attention carries one guard: `STATE.base_<digest>.token`, the text of the policy in force for its compile.
-Equal policies give equal texts, so they share one compiled variant however they were written. A second guard,
-`STATE.attention_kernels`, holds the dense kernels that torch may use: a region of `sdpa_kernel` around the call asks for
-one of those.
+that holds attention carries a guard on `STATE.base_<digest>.token`, the text of the policy in force for its compile.
+Equal policies give equal texts, so they share one compiled variant however they were written. A second guard is on
+`STATE.attention_kernels`, the kernels that torch may use: in an `sdpa_kernel` region the user asked for one of those.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class _State:
 
     @property
     def attention_kernels(self) -> str:
-        """The kernels that scaled_dot_product_attention may use now, or an empty text if all: what torch starts with."""
+        """The kernels that scaled_dot_product_attention may use now; an empty text for all, with which torch starts."""
         cuda = torch.backends.cuda  # the settings hold for CPUs too
         if (
             cuda.flash_sdp_enabled()
