@@ -1,4 +1,6 @@
-"""`nox -s tests` runs the suite on every supported torch; `nox -s nightly` many random programs, `nox -s lint` the linters. See CONTRIBUTING.md."""
+"""`nox -s tests` runs the suite on every supported torch, `nox -s nightly` thousands of random programs, `nox -s lint` the
+linters. See CONTRIBUTING.md.
+"""
 
 import nox
 
