@@ -1,5 +1,5 @@
-"""`nox -s tests` runs the suite on every supported torch, `nox -s nightly` thousands of random programs, `nox -s lint` the
-linters. See CONTRIBUTING.md.
+"""`nox -s tests` runs the suite on every supported torch, `nox -s nightly` thousands of random programs, `nox -s lint`
+the linters. See CONTRIBUTING.md.
 """
 
 import nox
