@@ -108,7 +108,8 @@ def attention(
         reason = "scale is a tensor"
     if reason is None and chosen.precision == "fp8":
         reason = "precision='fp8' has no kernel yet; use 'auto' or 'int8'"
-    short = min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
+    # An exported program serves other lengths than those it was traced with: there the operator decides, call by call.
+    short = not torch.compiler.is_exporting() and min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
     if reason is None and not short:
         reason = _unavailable(q.device, attn_mask is not None)
     if reason is not None or short:
@@ -219,6 +220,7 @@ def _sparse(
         scale=scale,
         enable_gqa=enable_gqa,
         precision="int8" if policy.precision == "auto" else policy.precision,
+        min_tokens=policy.min_tokens,
     )
     if not return_stats:
         return result.reshape(*leading, *result.shape[-2:])
