@@ -212,7 +212,7 @@ def test_transforms_inside_a_compiled_function_through_inductor(inside):
 
 
 def test_forward_mode_around_a_rewritten_graph_is_never_lost_in_silence():
-    """TorchDynamo has no guard on it, and the kernel no derivative: the graph of a plain call would drop the tangent."""
+    """TorchDynamo does not guard on it, and the kernel has no derivative: the graph at hand would drop the tangent."""
     backend = LightBackend()
     compiled = torch.compile(attention, backend=backend)
     compiled(Q, K, V)
@@ -235,3 +235,29 @@ def test_the_whole_model_is_one_graph_under_every_mode():
         with mode, ops.record_stats() as records:
             compiled(Q, K, V)
         assert [record.ran for record in records] == ["sparse"]
+
+
+def sparse(q, k, v):
+    return sparge.attention(q, k, v, scale=0.5, **EXACT_FIELDS)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_the_function_inside_a_compile_are_those_of_dense(name):
+    transform = TRANSFORMS[name]
+    with sdpa_kernel([SDPBackend.MATH] if name == "jvp" else list(REGION_OF_ALL)):
+        compiled = torch.compile(lambda: transform(sparse), backend="aot_eager")
+        torch.testing.assert_close(compiled(), transform(attention), **CLOSE)
+
+
+def test_forward_mode_around_a_compiled_call_of_the_function_keeps_the_tangent():
+    compiled = torch.compile(
+        sparse, backend="aot_eager"
+    )  # Inductor before torch 2.15 drops any tangent, of q.sin() too
+    with ops.record_stats() as records:
+        compiled(Q, K, V)
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            dual = forward_ad.make_dual(Q, torch.ones_like(Q))
+            tangents = [forward_ad.unpack_dual(call(dual, K, V)).tangent for call in (compiled, attention)]
+        compiled(Q, K, V)
+    torch.testing.assert_close(*tangents, **CLOSE)
+    assert [record.ran for record in records] == ["sparse", "sparse"]
