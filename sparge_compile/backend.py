@@ -90,7 +90,7 @@ def decide_sites(
     if dynamo.is_compiling_frame():
         context.guard_on_policy_in_force(base)
         if policy.enabled:
-            context.guard_on_attention_kernels()
+            context.guard_on_what_is_reserved()
         _warn_before_recompile_limit()
         _check_profile(policy)
     return policy, list(zip(sites, _decide_all(gm, sites, policy, markers), strict=True))
@@ -111,8 +111,8 @@ def _decide_all(
 ) -> list[Decision | Refusal]:
     if not policy.enabled:
         return [Refusal("rewriting is off (enabled=False)", requested=True) for _ in sites]
-    blocked = context.kernel_asked_for() or blocker(gm.graph)
-    if blocked is not None:
+    blocked = context.STATE.reserved or blocker(gm.graph)
+    if blocked:
         return [Refusal(blocked) for _ in sites]
     written = written_nodes(gm.graph)
     tables = {} if markers is None else tables_of(sites, markers)

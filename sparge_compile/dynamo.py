@@ -27,6 +27,7 @@ from torch._dynamo.source import AttrSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad as _forward_ad
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
 Size = int | torch.SymInt
@@ -346,7 +347,12 @@ def unwrapped_backend_errors() -> Iterator[None]:
 
 def is_transforming() -> bool:
     """Is a functorch transform (vmap, grad, jvp) or forward-mode differentiation active in this thread?"""
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._functorch.maybe_current_level() is not None or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Is forward-mode differentiation active? TorchDynamo's guards do not ask."""
+    return _forward_ad._current_level >= 0
 
 
 def is_traced_for_a_backend() -> bool:

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from light import Attention
 from torch import nn
@@ -238,6 +239,27 @@ def test_the_policy_guard_reads_the_token_of_the_policy_in_force():
     inside_a_compile(lambda _: context.guard_on_policy_in_force(Policy(topk=0.125)))
     tokens = [value.token for name, value in vars(context.STATE).items() if name.startswith("base_")]
     assert Policy(topk=0.125).token in tokens
+
+
+def test_forward_mode_and_transforms_are_seen_and_a_guard_asks_for_forward_mode():
+    seen, compiles = [], []
+
+    def backend(gm, _):
+        compiles.append(gm)
+        return gm.forward
+
+    def function(x):
+        return x * (2 if dynamo.is_forward_mode() else 1)
+
+    compiled = torch.compile(function, backend=backend)
+    torch.vmap(lambda x: seen.append((dynamo.is_forward_mode(), dynamo.is_transforming())) or x)(X)
+    for _ in range(2):
+        assert torch.equal(compiled(X), X)
+        with forward_ad.dual_level():
+            seen.append((dynamo.is_forward_mode(), dynamo.is_transforming()))
+            assert torch.equal(compiled(X), X * 2), "TorchDynamo no longer guards on forward_ad._current_level"
+    assert seen == [(False, True), (True, True), (True, True)] and not dynamo.is_transforming()
+    assert len(compiles) == 2
 
 
 def test_the_kinds_of_operators_are_told_apart():
