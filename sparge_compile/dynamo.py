@@ -27,6 +27,7 @@ from torch._dynamo.source import AttrSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
 Size = int | torch.SymInt
@@ -36,6 +37,8 @@ OperatorPacket = torch._ops.OpOverloadPacket
 HigherOrderOperator = torch._ops.HigherOrderOperator
 FUSED_ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 FUSED_MULTI_HEAD_ATTENTION = torch._native_multi_head_attention
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 _ROOT_LOCAL = re.compile(r"""L\[['"](\w+)['"]\]""")
 _STACK_ENTRY = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
@@ -322,6 +325,37 @@ def storage(node: fx.Node) -> int | None:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Is this a dense tensor of the graph, and not a subclass of the user's, a nested or a sparse tensor?"""
     return isinstance(tensor, FakeTensor) and tensor.layout == torch.strided
+
+
+def written_out(node: fx.Node, function: Callable[..., Any], fakes: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """The graph of ATen operations that `function` runs on these tensors of a TorchDynamo graph, at the place of `node`.
+
+    Above autograd and autocast, so that scaled_dot_product_attention stays one node; without gradients.
+    """
+    caches = torch.is_autocast_cache_enabled()
+    with contextlib.ExitStack() as state:
+        state.enter_context(torch.no_grad())
+        for region in _autocast_regions(node):
+            state.enter_context(torch.autocast(*region.args[:3]))
+        torch.set_autocast_cache_enabled(False)  # it would keep casts of fake weights
+        state.callback(torch.set_autocast_cache_enabled, caches)
+        module: fx.GraphModule = make_fx(function, pre_dispatch=True)(*fakes)
+    for inner in module.graph.nodes:
+        set_example(inner, inner.meta.get("val"))
+    return module
+
+
+def _autocast_regions(node: fx.Node) -> list[fx.Node]:
+    """The autocast regions of a graph that are open where a node stands, outermost first."""
+    regions: list[fx.Node] = []
+    for earlier in node.graph.nodes:
+        if earlier is node:
+            break
+        if earlier.target is _ENTER_AUTOCAST:
+            regions.append(earlier)
+        elif earlier.target is _EXIT_AUTOCAST:
+            regions.remove(earlier.args[0])
+    return regions
 
 
 def compile_with_inductor(
