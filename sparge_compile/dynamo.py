@@ -339,6 +339,8 @@ def written_out(node: fx.Node, function: Callable[..., Any], fakes: Sequence[tor
             state.enter_context(torch.autocast(*region.args[:3]))
         torch.set_autocast_cache_enabled(False)  # it would keep casts of fake weights
         state.callback(torch.set_autocast_cache_enabled, caches)
+        for mode in {fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)}:
+            state.enter_context(mode)  # what the function creates must be fake too
         module: fx.GraphModule = make_fx(function, pre_dispatch=True)(*fakes)
     for inner in module.graph.nodes:
         set_example(inner, inner.meta.get("val"))

@@ -47,11 +47,11 @@ class Piece:
         return [node for node in self.module.graph.nodes if node.op not in ("placeholder", "output")]
 
 
-def write_out(node: fx.Node, function: Callable[..., Any], arguments: Sequence[Any]) -> Piece:
+def write_out(node: fx.Node, expected: Any, function: Callable[..., Any], arguments: Sequence[Any]) -> Piece:
     """The piece that stands for `node`: what `function` computes from `arguments`, nodes of the graph and constants.
 
     Raises:
-        NotWrittenOut: it depends on something that is not known at compile time, or gives another tensor than `node`.
+        NotWrittenOut: it depends on something that is not known at compile time, or does not give what is `expected`.
     """
     tensors: dict[fx.Node, torch.Tensor] = {}
     constants = [_constant_or_tensor(argument, tensors) for argument in arguments]
@@ -68,7 +68,7 @@ def write_out(node: fx.Node, function: Callable[..., Any], arguments: Sequence[A
     if any(n.op not in ("placeholder", "call_function", "output") for n in module.graph.nodes):
         raise NotWrittenOut("it holds tensors of its own")
     (result,) = (n.args[0] for n in module.graph.nodes if n.op == "output")
-    _check_same(first_result(node), dynamo.example(result))
+    _check_same(expected, dynamo.example(result))
     written = frozenset(written_nodes(module.graph))
     if written.intersection(placeholders):
         raise NotWrittenOut("it writes to its inputs")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparge_compile.matchers.opaque import RETURNS_WEIGHTS, site_of
-from sparge_compile.pieces import only_first_is_used
+from sparge_compile.pieces import first_result, only_first_is_used
 from sparge_compile.site import AttentionSite
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
@@ -38,7 +38,7 @@ def _site(node: fx.Node) -> AttentionSite:
         given["is_causal"] = given["is_causal"] and given["attn_mask"] is None
     if given["training"] is False:
         given["dropout_p"] = 0.0
-    return site_of(node, _output, list(given.values()), empty_rows)
+    return site_of(node, first_result(node), _output, list(given.values()), empty_rows)
 
 
 def _output(*arguments: Any) -> Any:

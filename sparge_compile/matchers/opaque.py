@@ -20,21 +20,21 @@ RETURNS_WEIGHTS = (
 
 
 def site_of(
-    node: fx.Node, function: Callable[..., Any], arguments: Sequence[Any], empty_rows: str = "zero"
+    node: fx.Node, expected: Any, function: Callable[..., Any], arguments: Sequence[Any], empty_rows: str = "zero"
 ) -> AttentionSite:
     """The site of an opaque call that computes what `function` does with these arguments.
 
     Args:
         node: the call.
+        expected: a fake of its only, or first, result.
         function: calls scaled_dot_product_attention once.
         arguments: nodes of the graph and constants.
         empty_rows: what the opaque call gives a query that has no key, as `AttentionSite.empty_rows`.
     """
-    output = pieces.first_result(node)
-    if isinstance(output, torch.Tensor) and output.requires_grad:
+    if isinstance(expected, torch.Tensor) and expected.requires_grad:
         return AttentionSite(node, "mha", unmatched=NEEDS_GRADIENT)
     try:
-        piece = pieces.write_out(node, function, arguments)
+        piece = pieces.write_out(node, expected, function, arguments)
     except pieces.NotWrittenOut as reason:
         return AttentionSite(node, "mha", unmatched=f"the opaque call could not be written out: {reason}")
     found = sdpa.match(piece.module)
