@@ -328,15 +328,15 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def written_out(node: fx.Node, function: Callable[..., Any], fakes: Sequence[torch.Tensor]) -> fx.GraphModule:
-    """The graph of ATen operations that `function` runs on these tensors of a TorchDynamo graph, at the place of `node`.
+    """The graph of ATen operations that `function` runs on these tensors of a graph, in the place of `node`.
 
-    Above autograd and autocast, so that scaled_dot_product_attention stays one node; without gradients.
+    Traced above autograd and autocast, so that scaled_dot_product_attention stays one node; without gradients.
     """
     caches = torch.is_autocast_cache_enabled()
     with contextlib.ExitStack() as state:
         state.enter_context(torch.no_grad())
-        for region in _autocast_regions(node):
-            state.enter_context(torch.autocast(*region.args[:3]))
+        for device, dtype, enabled in _autocast_regions(node):
+            state.enter_context(torch.autocast(device, dtype, enabled))
         torch.set_autocast_cache_enabled(False)  # it would keep casts of fake weights
         state.callback(torch.set_autocast_cache_enabled, caches)
         for mode in {fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)}:
@@ -347,17 +347,17 @@ def written_out(node: fx.Node, function: Callable[..., Any], fakes: Sequence[tor
     return module
 
 
-def _autocast_regions(node: fx.Node) -> list[fx.Node]:
-    """The autocast regions of a graph that are open where a node stands, outermost first."""
-    regions: list[fx.Node] = []
+def _autocast_regions(node: fx.Node) -> list[tuple[Any, ...]]:
+    """(device, dtype, enabled) of the autocast regions that are open where a node stands, outermost first."""
+    regions: dict[fx.Node, tuple[Any, ...]] = {}
     for earlier in node.graph.nodes:
         if earlier is node:
             break
         if earlier.target is _ENTER_AUTOCAST:
-            regions.append(earlier)
+            regions[earlier] = earlier.args[:3]
         elif earlier.target is _EXIT_AUTOCAST:
-            regions.remove(earlier.args[0])
-    return regions
+            regions.pop(earlier.args[0], None)
+    return list(regions.values())
 
 
 def compile_with_inductor(

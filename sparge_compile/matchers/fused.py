@@ -78,7 +78,7 @@ def encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """The output of `_transformer_encoder_layer_fwd`, [B, L, E], but 0 instead of NaN attention for a query without key."""
+    """The output of `_transformer_encoder_layer_fwd`, [B, L, E], but attention is 0, not NaN, without a key."""
 
     def norm_1(x: Tensor) -> Tensor:
         return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
@@ -146,7 +146,7 @@ def _unmatched(node: fx.Node, given: dict[str, Any]) -> str | None:
 
 @functools.cache
 def is_proven(fused: Callable[..., Any], mask_type: int | None, use_gelu: bool, norm_first: bool) -> bool:
-    """Does a fused operator compute what is stated above? Both run on small random inputs, a query without key among them."""
+    """Does a fused operator compute what is stated above? Both run on small random inputs; a query has no key."""
     mask, has_key = _small_mask(mask_type)
     chosen = {"use_gelu": use_gelu, "norm_first": norm_first, "mask": mask, "mask_type": mask_type, "eps": 1e-5}
     written_out = WRITTEN_OUT[fused]
