@@ -278,6 +278,11 @@ def specialize(value: Any) -> Any:
     return node.pytype(value)
 
 
+def expression(size: Size) -> Any:
+    """A size as something to compare without a guard: equal expressions are equal sizes."""
+    return size if isinstance(size, int) else size.node.expr
+
+
 def hint(size: Size) -> int | None:
     """The size at hand, without a guard; None where it depends on data."""
     if isinstance(size, int):
@@ -335,7 +340,7 @@ def written_out(node: fx.Node, function: Callable[..., Any], fakes: Sequence[tor
     caches = torch.is_autocast_cache_enabled()
     with contextlib.ExitStack() as state:
         state.enter_context(torch.no_grad())
-        for device, dtype, enabled in _autocast_regions(node):
+        for device, dtype, enabled in autocast_regions(node):
             state.enter_context(torch.autocast(device, dtype, enabled))
         torch.set_autocast_cache_enabled(False)  # it would keep casts of fake weights
         state.callback(torch.set_autocast_cache_enabled, caches)
@@ -347,7 +352,7 @@ def written_out(node: fx.Node, function: Callable[..., Any], fakes: Sequence[tor
     return module
 
 
-def _autocast_regions(node: fx.Node) -> list[tuple[Any, ...]]:
+def autocast_regions(node: fx.Node) -> list[tuple[Any, ...]]:
     """(device, dtype, enabled) of the autocast regions that are open where a node stands, outermost first."""
     regions: dict[fx.Node, tuple[Any, ...]] = {}
     for earlier in node.graph.nodes:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import written_nodes
+from sparge_compile.graph import reshaped_in_place, written_nodes
 
 StandsFor = Callable[[fx.Node], fx.Node]
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "fwd_source_fn_stack")
@@ -47,32 +47,61 @@ class Piece:
         return [node for node in self.module.graph.nodes if node.op not in ("placeholder", "output")]
 
 
-def write_out(node: fx.Node, expected: Any, function: Callable[..., Any], arguments: Sequence[Any]) -> Piece:
-    """The piece that stands for `node`: what `function` computes from `arguments`, nodes of the graph and constants.
+Traced = tuple[fx.GraphModule, fx.Node, frozenset[fx.Node]]
 
-    Raises:
-        NotWrittenOut: it depends on something that is not known at compile time, or does not give what is `expected`.
-    """
-    tensors: dict[fx.Node, torch.Tensor] = {}
-    constants = [_constant_or_tensor(argument, tensors) for argument in arguments]
 
-    def on_tensors(*fakes: torch.Tensor) -> Any:
-        given = dict(zip(tensors, fakes, strict=True))
-        return function(*(given[c] if isinstance(c, fx.Node) else c for c in constants))
+class Writer:
+    """Writes out the opaque calls of one graph. Calls that differ in nothing but the numbers share one tracing."""
 
+    def __init__(self) -> None:
+        self._traced: dict[Any, Traced] = {}
+
+    def write_out(self, node: fx.Node, expected: Any, function: Callable[..., Any], arguments: Sequence[Any]) -> Piece:
+        """The piece that stands for `node`: what `function` computes from nodes of the graph and constants.
+
+        Raises:
+            NotWrittenOut: it depends on what is not known at compile time, or does not give what is `expected`.
+        """
+        tensors: dict[fx.Node, torch.Tensor] = {}
+        constants = [_constant_or_tensor(argument, tensors) for argument in arguments]
+        if any(reshaped_in_place(tensor) for tensor in tensors):
+            raise NotWrittenOut(
+                "a tensor of the call changes its shape or strides in place (transpose_, squeeze_, ...)"
+            )
+        places = {tensor: place for place, tensor in enumerate(tensors)}
+        pattern = tuple(("tensor", places[c]) if isinstance(c, fx.Node) else ("constant", c) for c in constants)
+        kinds = tuple(map(type, constants))  # 1 and True are equal
+        key = (function, pattern, kinds, tuple(map(_facts, tensors.values())), tuple(dynamo.autocast_regions(node)))
+        if key not in self._traced:
+
+            def on_tensors(*fakes: torch.Tensor) -> Any:
+                return function(*(fakes[value] if kind == "tensor" else value for kind, value in pattern))
+
+            self._traced[key] = _trace(node, on_tensors, list(tensors.values()))
+        module, result, written = self._traced[key]
+        _check_same(expected, dynamo.example(result))
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        return Piece(module, dict(zip(placeholders, tensors, strict=True)), result, written)
+
+
+def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """All that a tracing depends on."""
+    sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+    return tensor.dtype, tensor.device, tensor.dim(), tuple(map(dynamo.expression, sizes))
+
+
+def _trace(node: fx.Node, function: Callable[..., Any], fakes: Sequence[torch.Tensor]) -> Traced:
     try:
-        module = dynamo.written_out(node, on_tensors, list(tensors.values()))
+        module = dynamo.written_out(node, function, fakes)
     except Exception as error:  # whatever tracing meets, the call runs as it is; its own error then shows by itself
         raise NotWrittenOut(f"tracing it gave {type(error).__name__}: {_first_line(error)}") from error
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     if any(n.op not in ("placeholder", "call_function", "output") for n in module.graph.nodes):
         raise NotWrittenOut("it holds tensors of its own")
-    (result,) = (n.args[0] for n in module.graph.nodes if n.op == "output")
-    _check_same(expected, dynamo.example(result))
     written = frozenset(written_nodes(module.graph))
-    if written.intersection(placeholders):
+    if any(n.op == "placeholder" for n in written):
         raise NotWrittenOut("it writes to its inputs")
-    return Piece(module, dict(zip(placeholders, tensors, strict=True)), result, written)
+    (result,) = (n.args[0] for n in module.graph.nodes if n.op == "output")
+    return module, result, written
 
 
 def _constant_or_tensor(argument: Any, tensors: dict[fx.Node, torch.Tensor]) -> Any:

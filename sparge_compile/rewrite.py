@@ -82,8 +82,15 @@ def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], 
         site=claim.site.name,
     )
     if claim.site.empty_rows == "nan" and mask is not None:
-        output = method(graph, output, "masked_fill", _empty_rows(graph, mask), math.nan)
+        output = _with_nan(graph, output, _empty_rows(graph, mask), memory_order(claim.output))
     return as_in(graph, claim.output, output)
+
+
+def _with_nan(graph: fx.Graph, output: fx.Node, rows: fx.Node, order: list[int]) -> fx.Node:
+    """NaN in these rows of an output whose memory has this order, which masked_fill by itself does not keep."""
+    in_memory, rows = (method(graph, tensor, "permute", order) for tensor in (output, rows))
+    filled = method(graph, in_memory, "masked_fill", rows, math.nan)
+    return method(graph, filled, "permute", [order.index(dim) for dim in range(4)])
 
 
 def _empty_rows(graph: fx.Graph, mask: fx.Node) -> fx.Node:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparge_compile.matchers.opaque import RETURNS_WEIGHTS, site_of
-from sparge_compile.pieces import first_result, only_first_is_used
+from sparge_compile.pieces import Writer, first_result, only_first_is_used
 from sparge_compile.site import AttentionSite
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
@@ -17,14 +17,15 @@ _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 def match(gm: fx.GraphModule) -> list[AttentionSite]:
     """Every call of multi_head_attention_forward, written out."""
+    writer = Writer()
     return [
-        _site(node)
+        _site(node, writer)
         for node in gm.graph.nodes
         if node.op == "call_function" and node.target is F.multi_head_attention_forward
     ]
 
 
-def _site(node: fx.Node) -> AttentionSite:
+def _site(node: fx.Node, writer: Writer) -> AttentionSite:
     arguments = _SIGNATURE.bind(*node.args, **node.kwargs)
     arguments.apply_defaults()
     given = arguments.arguments
@@ -38,7 +39,7 @@ def _site(node: fx.Node) -> AttentionSite:
         given["is_causal"] = given["is_causal"] and given["attn_mask"] is None
     if given["training"] is False:
         given["dropout_p"] = 0.0
-    return site_of(node, first_result(node), _output, list(given.values()), empty_rows)
+    return site_of(writer, node, first_result(node), _output, list(given.values()), empty_rows)
 
 
 def _output(*arguments: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparge_compile import pieces
 from sparge_compile.matchers import sdpa
+from sparge_compile.pieces import NotWrittenOut, Writer
 from sparge_compile.site import NEEDS_GRADIENT, AttentionSite
 
 RETURNS_WEIGHTS = (
@@ -20,11 +20,17 @@ RETURNS_WEIGHTS = (
 
 
 def site_of(
-    node: fx.Node, expected: Any, function: Callable[..., Any], arguments: Sequence[Any], empty_rows: str = "zero"
+    writer: Writer,
+    node: fx.Node,
+    expected: Any,
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    empty_rows: str = "zero",
 ) -> AttentionSite:
     """The site of an opaque call that computes what `function` does with these arguments.
 
     Args:
+        writer: of this graph.
         node: the call.
         expected: a fake of its only, or first, result.
         function: calls scaled_dot_product_attention once.
@@ -34,8 +40,8 @@ def site_of(
     if isinstance(expected, torch.Tensor) and expected.requires_grad:
         return AttentionSite(node, "mha", unmatched=NEEDS_GRADIENT)
     try:
-        piece = pieces.write_out(node, expected, function, arguments)
-    except pieces.NotWrittenOut as reason:
+        piece = writer.write_out(node, expected, function, arguments)
+    except NotWrittenOut as reason:
         return AttentionSite(node, "mha", unmatched=f"the opaque call could not be written out: {reason}")
     found = sdpa.match(piece.module)
     if len(found) != 1:

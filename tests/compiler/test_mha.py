@@ -75,6 +75,13 @@ def test_one_graph_serves_every_length():
     assert backend.compiles == 1 and backend.rewritten == [True]
 
 
+def test_a_length_that_the_caller_bounded_stays_dynamic():
+    layer, x = mha(), X.clone()
+    torch._dynamo.mark_dynamic(x, 1, min=2, max=4000)
+    backend = same_as_dense(attends(layer), x)
+    assert isinstance(backend.sites[0].q_len, str)
+
+
 def test_an_unbatched_input_is_rewritten():
     same_as_dense(attends(mha()), X[0])
 
@@ -221,6 +228,24 @@ def test_two_calls_of_one_module_feed_each_other():
     assert [site.name for site in backend.sites] == ["MultiheadAttention:1", "MultiheadAttention:2"]
 
 
+@DYNAMIC
+def test_equal_calls_are_traced_once_and_keep_their_own_weights_and_meaning(dynamic, monkeypatch):
+    traced, trace = [], dynamo.written_out
+    monkeypatch.setattr(dynamo, "written_out", lambda *given: traced.append(1) or trace(*given))
+    layers = [mha() for _ in range(3)]
+
+    def attend(x):
+        for layer in layers:
+            x = x + attends(layer)(x)
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        x = attends(layers[0], attn_mask=mask)(x)
+        return attends(layers[1], attn_mask=x[0, :, :1] + mask)(x)
+
+    backend = same_as_dense(attend, X, count=5, dynamic=dynamic)
+    assert len(traced) == 2 * 3  # x itself has other strides than the sums; with a mask; all in two compiles
+    assert [site.is_causal for site in backend.sites] == [False, False, False, True, False]
+
+
 def test_copied_nodes_keep_the_calls_module_and_line():
     class Model(nn.Module):
         def __init__(self):
@@ -252,6 +277,17 @@ def test_an_input_written_in_place_later_is_read_before():
         return out + x.mul_(2)
 
     same_as_dense(attend, X)
+
+
+def test_an_input_that_changes_its_shape_in_place_is_refused():
+    layer = mha(batch_first=False)
+
+    def attend(x):
+        x = x.clone()
+        out = attends(layer)(x)
+        return out.sum() + x.transpose_(0, 1).sum()
+
+    assert "in place" in stays_as_compiled(attend, X).reason
 
 
 def test_a_mask_written_in_place_is_data():

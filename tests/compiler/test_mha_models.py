@@ -138,6 +138,17 @@ def test_attached_thresholds_reach_the_operator(fast):
     assert not torch.allclose(attached, dense)
 
 
+def test_thresholds_attached_where_the_fast_path_passes_by_are_not_ignored_in_silence():
+    model, own = encoder(), Profile({SLOW.format(0): (Thresholds(0.2, 1.0, -1.0, None),)})
+    with sparge.attach(model, own):
+        _, backend = run(model, X)
+        assert backend.rewritten == [False, True] and "fast path" in backend.sites[0].reason
+        _, backend = run(model.layers[0], X)
+        assert backend.rewritten == [False] and "fast path" in backend.reason
+    _, backend = run(model, X)
+    assert backend.rewritten == [True, True]
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_inductor_compiles_what_is_written_out(dynamic):
     model = decoder() if dynamic else encoder()
@@ -147,6 +158,17 @@ def test_inductor_compiles_what_is_written_out(dynamic):
         out = torch.compile(model, backend="sparge", options=EXACT_OPTIONS, dynamic=dynamic)(*inputs)
     assert len(sparge.last_report().rewritten) == 2 * len(inputs) and not sparge.last_report().dense
     torch.testing.assert_close(out, expected, **CLOSE)
+
+
+def test_inductor_keeps_the_nan_of_queries_without_a_key():
+    model, padding = encoder(depth=1), torch.arange(33) >= torch.tensor([[20], [0]])
+    x = torch.randn(2, 33, 16)
+    with torch.no_grad():
+        expected = model.layers[0](x, src_key_padding_mask=padding)
+        compiled = torch.compile(model.layers[0], backend="sparge", options=EXACT_OPTIONS)
+        out = compiled(x, src_key_padding_mask=padding)
+    assert len(sparge.last_report().rewritten) == 1 and expected[1].isnan().all()
+    torch.testing.assert_close(out, expected, equal_nan=True, **CLOSE)
 
 
 def test_explain_measures_the_density_inside_an_opaque_call():
