@@ -93,21 +93,21 @@ def _apply(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
             return dynamo.example(argument) if _is_number(argument) else values[argument]
         return argument
 
-    if _adds_leading_dimensions(node):
-        return evaluate("expand", result, (plain(node.args[0]),), {})
     args = fx.node.map_aggregate(node.args, plain)
     kwargs = fx.node.map_aggregate(node.kwargs, plain)
-    return evaluate(op_name(node), result, args, kwargs)
+    name = "broadcast_to" if _adds_leading_ones(node, result) else op_name(node)
+    return evaluate(name, result, args, kwargs)
 
 
-def _adds_leading_dimensions(node: fx.Node) -> bool:
-    """`mask.view(1, 1, L, L)` of a mask [L, L]."""
-    if op_name(node) not in ("view", "reshape") or not isinstance(node.args[0], fx.Node):
+def _adds_leading_ones(node: fx.Node, result: torch.Tensor) -> bool:
+    """Is this a view that only puts dimensions of size 1 in front?"""
+    source = node.args[0] if op_name(node) in ("view", "reshape") else None
+    if not isinstance(source, fx.Node) or not isinstance(dynamo.example(source), torch.Tensor):
         return False
-    before, after = dynamo.example(node.args[0]).shape, dynamo.example(node).shape
-    added = len(after) - len(before)
-    sizes = zip((1,) * added + tuple(before), after, strict=True) if added >= 0 else ()
-    return added >= 0 and all(dynamo.known(old == new) for old, new in sizes)
+    shape = dynamo.example(source).shape
+    added = result.dim() - len(shape)
+    wanted = (*(1,) * added, *shape)
+    return added >= 0 and all(dynamo.known(a == b) for a, b in zip(result.shape, wanted, strict=True))
 
 
 def _is_number(node: fx.Node) -> bool:

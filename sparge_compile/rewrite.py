@@ -81,23 +81,23 @@ def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], 
         layout=memory_order(claim.output),
         site=claim.site.name,
     )
-    if claim.site.empty_rows == "nan" and mask is not None:
-        output = _with_nan(graph, output, _empty_rows(graph, mask), memory_order(claim.output))
+    if mask is not None and claim.site.empty_rows == "nan":
+        output = _with_nan_in_empty_rows(graph, mask, output, memory_order(claim.output))
     return as_in(graph, claim.output, output)
 
 
-def _with_nan(graph: fx.Graph, output: fx.Node, rows: fx.Node, order: list[int]) -> fx.Node:
-    """NaN in these rows of an output whose memory has this order, which masked_fill by itself does not keep."""
-    in_memory, rows = (method(graph, tensor, "permute", order) for tensor in (output, rows))
+def _with_nan_in_empty_rows(graph: fx.Graph, mask: fx.Node, output: fx.Node, order: list[int]) -> fx.Node:
+    """The output, NaN where a query may attend to nothing; the operator gives zeros.
+
+    masked_fill by itself would not keep the memory order of the output.
+    """
+    if dynamo.example(mask).dtype == torch.bool:
+        empty = call(graph, torch.logical_not, call(graph, torch.any, mask, -1, True))
+    else:
+        empty = call(graph, torch.all, call(graph, torch.eq, mask, -math.inf), -1, True)
+    in_memory, rows = (method(graph, tensor, "permute", order) for tensor in (output, empty))
     filled = method(graph, in_memory, "masked_fill", rows, math.nan)
     return method(graph, filled, "permute", [order.index(dim) for dim in range(4)])
-
-
-def _empty_rows(graph: fx.Graph, mask: fx.Node) -> fx.Node:
-    """True where a mask leaves a query no key, [batch, heads, queries, 1]."""
-    if dynamo.example(mask).dtype != torch.bool:
-        return method(graph, call(graph, torch.eq, mask, -math.inf), "all", -1, True)
-    return call(graph, torch.logical_not, method(graph, mask, "any", -1, True))
 
 
 def attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -57,7 +57,7 @@ class AttentionSite:
     scale: Any = None
     enable_gqa: Any = False
     unmatched: str | None = None
-    empty_rows: str = "zero"
+    empty_rows: Literal["zero", "nan"] = "zero"
     piece: Piece | None = None
 
 

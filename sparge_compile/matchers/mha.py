@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import fx
@@ -29,7 +29,7 @@ def _site(node: fx.Node, writer: Writer) -> AttentionSite:
     arguments = _SIGNATURE.bind(*node.args, **node.kwargs)
     arguments.apply_defaults()
     given = arguments.arguments
-    empty_rows = "zero"
+    empty_rows: Literal["zero", "nan"] = "zero"
     if not only_first_is_used(node):
         return AttentionSite(node, "mha", unmatched=RETURNS_WEIGHTS)
     if given["need_weights"] is not False:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -25,7 +25,7 @@ def site_of(
     expected: Any,
     function: Callable[..., Any],
     arguments: Sequence[Any],
-    empty_rows: str = "zero",
+    empty_rows: Literal["zero", "nan"] = "zero",
 ) -> AttentionSite:
     """The site of an opaque call that computes what `function` does with these arguments.
 
