@@ -19,7 +19,7 @@ from sparge_compile.masks import mask_meaning
 from sparge_compile.operands import Operand
 from sparge_compile.policy import Policy
 from sparge_compile.repeated_heads import unrepeat
-from sparge_compile.site import AttentionSite, Claim, Mask, Refusal
+from sparge_compile.site import NEEDS_GRADIENT, AttentionSite, Claim, Mask, Refusal
 from sparge_kernels import ops
 
 
@@ -36,6 +36,8 @@ def claim(site: AttentionSite, policy: Policy, written: set[fx.Node]) -> Claim |
         policy: the policy in force.
         written: nodes whose storage may be written in place (`graph.written_nodes`).
     """
+    if site.piece is not None:
+        written = written | site.piece.written
     try:
         return _claim(site, policy, written)
     except _Refused as refused:
@@ -79,7 +81,7 @@ def _check_tensors(inputs: dict[str, Operand], output: Operand) -> None:
     result = dynamo.example(output.node)
     # The output's flag and dtype are exact: they know no_grad regions and ambient autocast, the inputs' do not.
     if result.requires_grad:
-        raise _Refused("a gradient is needed here and the kernel has no backward; run it under torch.no_grad()")
+        raise _Refused(NEEDS_GRADIENT)
     for name, operand in inputs.items():
         _check_plain(name, operand, result.device)
     unsupported = ops.check_static(head_dim=1, value_head_dim=1, dtype=result.dtype, device=result.device)
@@ -133,7 +135,8 @@ def _read_masks(
         raise _Refused(
             "attn_mask and is_causal=True are given together; what that means differs between torch versions"
         )
-    meanings = [mask_meaning(mask, query.shape[2], key.shape[2], written).kind for mask in site.masks]
+    outer = {} if site.piece is None else site.piece.inputs
+    meanings = [mask_meaning(mask, query.shape[2], key.shape[2], written, outer).kind for mask in site.masks]
     if all(kind in ("all_true", "causal") for kind in meanings):
         return (), "causal" in meanings
     for mask in site.masks:

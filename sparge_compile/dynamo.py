@@ -28,6 +28,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad as _forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
 Size = int | torch.SymInt
@@ -37,6 +38,8 @@ OperatorPacket = torch._ops.OpOverloadPacket
 HigherOrderOperator = torch._ops.HigherOrderOperator
 FUSED_ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 FUSED_MULTI_HEAD_ATTENTION = torch._native_multi_head_attention
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 _ROOT_LOCAL = re.compile(r"""L\[['"](\w+)['"]\]""")
 _STACK_ENTRY = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
@@ -276,6 +279,11 @@ def specialize(value: Any) -> Any:
     return node.pytype(value)
 
 
+def expression(size: Size) -> Any:
+    """A size as something to compare without a guard: equal expressions are equal sizes."""
+    return size if isinstance(size, int) else size.node.expr
+
+
 def hint(size: Size) -> int | None:
     """The size at hand, without a guard; None where it depends on data."""
     if isinstance(size, int):
@@ -323,6 +331,39 @@ def storage(node: fx.Node) -> int | None:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Is this a dense tensor of the graph, and not a subclass of the user's, a nested or a sparse tensor?"""
     return isinstance(tensor, FakeTensor) and tensor.layout == torch.strided
+
+
+def written_out(node: fx.Node, function: Callable[..., Any], fakes: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """The graph of ATen operations that `function` runs on these tensors of a graph, in the place of `node`.
+
+    Traced above autograd and autocast, so that scaled_dot_product_attention stays one node; without gradients.
+    """
+    caches = torch.is_autocast_cache_enabled()
+    with contextlib.ExitStack() as state:
+        state.enter_context(torch.no_grad())
+        for device, dtype, enabled in autocast_regions(node):
+            state.enter_context(torch.autocast(device, dtype, enabled))
+        torch.set_autocast_cache_enabled(False)  # it would keep casts of fake weights
+        state.callback(torch.set_autocast_cache_enabled, caches)
+        for mode in {fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)}:
+            state.enter_context(mode)  # what the function creates must be fake too
+        module: fx.GraphModule = make_fx(function, pre_dispatch=True)(*fakes)
+    for inner in module.graph.nodes:
+        set_example(inner, inner.meta.get("val"))
+    return module
+
+
+def autocast_regions(node: fx.Node) -> list[tuple[Any, ...]]:
+    """(device, dtype, enabled) of the autocast regions that are open where a node stands, outermost first."""
+    regions: dict[fx.Node, tuple[Any, ...]] = {}
+    for earlier in node.graph.nodes:
+        if earlier is node:
+            break
+        if earlier.target is _ENTER_AUTOCAST:
+            regions[earlier] = earlier.args[:3]
+        elif earlier.target is _EXIT_AUTOCAST:
+            regions.pop(earlier.args[0], None)
+    return list(regions.values())
 
 
 def compile_with_inductor(

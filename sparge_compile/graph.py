@@ -77,9 +77,22 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
     Memory is told apart by the storage of the fake tensors, which views, aliases among the inputs and aliases made in
     ways nobody thought of all share.
     """
-    written = {dynamo.storage(argument) for node in graph.nodes if may_write(node) for argument in node.all_input_nodes}
+    writers = [node for node in graph.nodes if may_write(node) and not _fills_fresh_memory(node)]
+    written = {dynamo.storage(argument) for node in writers for argument in node.all_input_nodes}
     written.discard(None)
     return {node for node in graph.nodes if dynamo.storage(node) in written}
+
+
+_CREATE = {"zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like"}
+_CREATE |= {"new_zeros", "new_ones", "new_full", "new_empty"}
+
+
+def _fills_fresh_memory(node: fx.Node) -> bool:
+    """`torch.zeros_like(x).masked_fill_(...)`: nobody ever sees what was there before, so it is no write."""
+    if op_name(node) != "masked_fill_" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    fresh = node.args[0]
+    return op_name(fresh) in _CREATE and "out" not in fresh.kwargs and list(fresh.users) == [node]
 
 
 # Methods that change a tensor's shape or strides in place: what was recorded for it no longer is what the call saw.

@@ -154,6 +154,8 @@ def _convert(result: torch.Tensor, value: Any, *_: Any, **__: Any) -> Any:
         boolean = isinstance(value, Open) and not value.additive
         if boolean and result.dtype == torch.bool:
             return value
+        if isinstance(value, Open) and not boolean and result.dtype == torch.bool:
+            return _not(result, Open(value.bounds))  # what is added is zero where the mask is open
         if not boolean and result.dtype.is_floating_point and closes(value.closing, result.dtype):
             return value
     raise Unproven("the mask changes its type")
@@ -247,6 +249,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "tril": partial(_triangle, lower=True),
     "triu": partial(_triangle, lower=False),
     "masked_fill": _masked_fill,
+    "masked_fill_": _masked_fill,
     "where": _where,
     "to": _convert,
     "bool": _convert,

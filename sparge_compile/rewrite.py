@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import fx
 
 from sparge_compile import dynamo
 from sparge_compile.operands import as_in, call, memory_order, method, with_four_dimensions
+from sparge_compile.pieces import copy_piece, replace_first_result
 from sparge_compile.site import Claim, Decision
 from sparge_kernels.thresholds import pack
 
@@ -30,13 +32,21 @@ def rewrite(gm: fx.GraphModule, decisions: Sequence[Decision]) -> None:
 
 def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, fx.Node]) -> None:
     """`replaced` maps the nodes of earlier sites, which may be this one's inputs, to what stands for them now."""
-    node = decision.claim.site.node
+    claim = decision.claim
+    node, piece = claim.site.node, claim.site.piece
+
+    def stands_for(operand: fx.Node) -> fx.Node:
+        return replaced.get(operand, operand)
+
     with graph.inserting_before(node):
-        replacement = attend(graph, decision, lambda operand: replaced.get(operand, operand))
+        if piece is None:
+            replacement = attend(graph, decision, stands_for)
+        else:
+            write_attention = partial(attend, graph, decision)
+            now = copy_piece(graph, piece, node, stands_for, claim.output.node, write_attention)
+            replacement = now(piece.result)
     replacement.meta = {**node.meta, **replacement.meta}
-    node.replace_all_uses_with(replacement)
-    graph.erase_node(node)
-    replaced[node] = replacement
+    replaced.update(dict.fromkeys(replace_first_result(node, replacement), replacement))
 
 
 def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node:
@@ -71,7 +81,23 @@ def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], 
         layout=memory_order(claim.output),
         site=claim.site.name,
     )
+    if mask is not None and claim.site.empty_rows == "nan":
+        output = _with_nan_in_empty_rows(graph, mask, output, memory_order(claim.output))
     return as_in(graph, claim.output, output)
+
+
+def _with_nan_in_empty_rows(graph: fx.Graph, mask: fx.Node, output: fx.Node, order: list[int]) -> fx.Node:
+    """The output, NaN where a query may attend to nothing; the operator gives zeros.
+
+    masked_fill by itself would not keep the memory order of the output.
+    """
+    if dynamo.example(mask).dtype == torch.bool:
+        empty = call(graph, torch.logical_not, call(graph, torch.any, mask, -1, True))
+    else:
+        empty = call(graph, torch.all, call(graph, torch.eq, mask, -math.inf), -1, True)
+    in_memory, rows = (method(graph, tensor, "permute", order) for tensor in (output, empty))
+    filled = method(graph, in_memory, "masked_fill", rows, math.nan)
+    return method(graph, filled, "permute", [order.index(dim) for dim in range(4)])
 
 
 def attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from sparge_compile.operands import Operand
+from sparge_compile.pieces import Piece
 from sparge_kernels.thresholds import Thresholds
+
+NEEDS_GRADIENT = "a gradient is needed here and the kernel has no backward; run it under torch.no_grad()"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class AttentionSite:
         masks: all of them hold.
         dropout_p, is_causal, scale, enable_gqa: the arguments as given: constants, or nodes.
         unmatched: why the matcher could not read the call, or None.
+        empty_rows: what the call gives a query that its masks leave no key: `zero`, as the operator does, or `nan`.
+        piece: where `node` is an opaque call, what it computes; the tensors of the call are nodes of its graph.
     """
 
     node: fx.Node
@@ -52,6 +57,8 @@ class AttentionSite:
     scale: Any = None
     enable_gqa: Any = False
     unmatched: str | None = None
+    empty_rows: Literal["zero", "nan"] = "zero"
+    piece: Piece | None = None
 
 
 @dataclass(frozen=True)

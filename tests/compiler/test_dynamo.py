@@ -326,3 +326,30 @@ def test_what_is_forbidden_in_graphs_is_an_error_there():
     dynamo.forbid_in_graphs(forbidden)
     with pytest.raises(Exception, match="forbidden"):
         torch.compile(lambda x: forbidden(x), backend="eager")(torch.ones(2))
+
+
+def test_a_function_is_written_out_with_its_attention_as_one_node_under_the_graphs_autocast():
+    def function(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = torch.nn.functional.linear(x, x[0, 0])
+        return F.scaled_dot_product_attention(x, x, x)
+
+    def project(x):
+        projected = F.linear(x, x[0, 0].clone().zero_())
+        return F.scaled_dot_product_attention(projected, projected, projected, torch.ones(6, 6).tril().bool())
+
+    def look(gm):
+        node = next(n for n in gm.graph.nodes if n.target is F.linear)
+        fakes = [dynamo.example(n) for n in gm.graph.nodes if n.op == "placeholder"]
+        inner, outer = (dynamo.written_out(n, project, fakes) for n in (node, attention_node(gm)))
+        return [
+            [(str(n.target), dynamo.example(n).dtype) for n in module.graph.nodes if n.op == "call_function"]
+            for module in (inner, outer)
+        ]
+
+    with torch.autocast("cpu", enabled=False):
+        inner, outer = inside_a_compile(look, function=function)
+    attention = "aten.scaled_dot_product_attention.default"
+    assert (attention, torch.bfloat16) in inner, "_enter_autocast, or make_fx(pre_dispatch=True), changed"
+    assert (attention, torch.float32) in outer, "_exit_autocast, or make_fx(pre_dispatch=True), changed"
+    assert torch.is_autocast_cache_enabled()
