@@ -39,25 +39,34 @@ def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, f
     replaced[node] = replacement
 
 
-def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node:
+def attend(
+    graph: fx.Graph,
+    decision: Decision,
+    stands_for: Callable[[fx.Node], fx.Node],
+    operator: Callable[..., torch.Tensor] = torch.ops.sparge.attention.default,
+) -> fx.Node:
     """New nodes that compute a decided site, and the last of them, which has the dimensions of the site's output.
 
     Args:
         graph: where to insert, at its insert point.
         decision: what to compute.
         stands_for: the node of `graph` for each node of the claim.
+        operator: what takes the operator's arguments.
     """
     claim, table = decision.claim, decision.table
-    inputs = [
+    query, key, value = (
         _cast(graph, with_four_dimensions(graph, operand, stands_for(operand.node)), claim.dtype)
         for operand in (claim.query, claim.key, claim.value)
-    ]
-    attn_mask = {} if not claim.masks else {"attn_mask": _attn_mask(graph, claim, stands_for)}
+    )
+    mask = _attn_mask(graph, claim, stands_for) if claim.masks else None
+    attn_mask = {} if mask is None else {"attn_mask": mask}
     numbers = {} if table is None else {"threshold_table": method(graph, stands_for(table), "view", torch.float64)}
     output = call(
         graph,
-        torch.ops.sparge.attention.default,
-        *inputs,
+        operator,
+        query,
+        key,
+        value,
         **attn_mask,
         **numbers,
         thresholds=pack(decision.thresholds),
@@ -71,7 +80,23 @@ def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], 
         layout=memory_order(claim.output),
         site=claim.site.name,
     )
+    if mask is not None and claim.site.empty_rows != "zero":
+        output = _with_empty_rows(graph, claim, mask, value, output)
     return as_in(graph, claim.output, output)
+
+
+def _with_empty_rows(graph: fx.Graph, claim: Claim, mask: fx.Node, value: fx.Node, output: fx.Node) -> fx.Node:
+    """The output with what the replaced call gives where a query may attend to nothing; the operator gives zeros."""
+    if dynamo.example(mask).dtype == torch.bool:
+        empty = call(graph, torch.logical_not, call(graph, torch.any, mask, -1, True))
+    else:
+        empty = call(graph, torch.all, call(graph, torch.eq, mask, -math.inf), -1, True)
+    if claim.site.empty_rows == "nan":
+        return method(graph, output, "masked_fill", empty, math.nan)
+    mean = method(graph, value, "mean", 2, True)
+    groups = dynamo.specialize(claim.query.shape[1]) // dynamo.specialize(claim.value.shape[1])
+    mean = mean if groups == 1 else method(graph, mean, "repeat_interleave", groups, 1)
+    return call(graph, torch.where, empty, mean, output)
 
 
 def _attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -36,6 +36,10 @@ class AttentionSite:
         masks: all of them hold.
         dropout_p, is_causal, scale, enable_gqa: the arguments as given: constants, or nodes.
         unmatched: why the matcher could not read the call, or None.
+        several_nodes: the call is several nodes and not one. What it reads must not change between them, it is proven
+            equal before it is rewritten (proof.py), and no operand may lose digits.
+        empty_rows: what queries give that may attend to nothing: `zero` (as SDPA does), `nan`, or the `mean` of the
+            values of all keys.
     """
 
     node: fx.Node
@@ -52,6 +56,8 @@ class AttentionSite:
     scale: Any = None
     enable_gqa: Any = False
     unmatched: str | None = None
+    several_nodes: bool = False
+    empty_rows: Literal["zero", "nan", "mean"] = "zero"
 
 
 @dataclass(frozen=True)
