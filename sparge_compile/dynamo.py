@@ -26,7 +26,7 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
 Size = int | torch.SymInt
@@ -280,6 +280,23 @@ def hint(size: Size) -> int | None:
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.has_hint() else None
+
+
+def symbols(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> set[Any]:
+    """The symbols of a symbolic number."""
+    return set(number.node.expr.free_symbols)
+
+
+def evaluated(number: torch.SymInt | torch.SymFloat | torch.SymBool, values: dict[Any, int]) -> int | float | bool:
+    """A symbolic number with numbers in place of its symbols. Adds no guard."""
+    return number.node.pytype(number.node.expr.xreplace(values))
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Inside, operations compute numbers, whatever modes the caller of the compiled function has set."""
+    with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+        yield
 
 
 def physical_layout(tensor: torch.Tensor) -> tuple[int, ...]:

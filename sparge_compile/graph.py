@@ -77,9 +77,17 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
     Memory is told apart by the storage of the fake tensors, which views, aliases among the inputs and aliases made in
     ways nobody thought of all share.
     """
-    written = {dynamo.storage(argument) for node in graph.nodes if may_write(node) for argument in node.all_input_nodes}
+    written = {dynamo.storage(argument) for node in graph.nodes if may_write(node) for argument in _targets(node)}
     written.discard(None)
     return {node for node in graph.nodes if dynamo.storage(node) in written}
+
+
+def _targets(node: fx.Node) -> list[fx.Node]:
+    """What a call that may write may write to: a method or operator to its first argument, others to any."""
+    name = op_name(node)
+    in_first = node.op == "call_method" or name in _IN_PLACE_NAMES
+    first = node.args[0] if in_first and node.args and "out" not in node.kwargs else None
+    return [first] if isinstance(first, fx.Node) else node.all_input_nodes
 
 
 # Methods that change a tensor's shape or strides in place: what was recorded for it no longer is what the call saw.

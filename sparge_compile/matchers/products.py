@@ -69,7 +69,7 @@ def _matmul(left: Any, right: Any, scale: float = 1.0, added: fx.Node | None = N
 
 def _baddbmm(node: fx.Node) -> Product:
     names = ("input", "batch1", "batch2", "beta", "alpha")
-    given = dict(zip(names, node.args, strict=False))
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
     if len(node.args) > 3 or not set(node.kwargs) <= set(names) - set(given):
         raise Unread("baddbmm is called with arguments that are not understood")
     given.update(node.kwargs)

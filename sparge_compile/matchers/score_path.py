@@ -25,7 +25,18 @@ from sparge_compile.site import Mask
 _HIDES = -1e4
 _CONVERTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
 _SAME = {"contiguous", "clone", "detach", "identity"}
-_VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "transpose", "permute", "t"}
+_VIEWS = {
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "_unsafe_view",
+    "transpose",
+    "permute",
+    "t",
+}
 _VIEWS |= {"swapaxes", "swapdims", "getattr"}
 _IN_PLACE = {"add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "masked_fill_": "masked_fill"}
 _IN_PLACE |= {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
@@ -134,7 +145,7 @@ def keeps_scores(node: fx.Node, source: fx.Node, view: Operand) -> Operand:
 
 def _drops(node: fx.Node) -> bool:
     names = ("input", "p", "train" if isinstance(node.target, dynamo.Operator) else "training", "inplace")
-    given = {"p": 0.5, "training": True, "inplace": False}
+    given: dict[str, Any] = {"p": 0.5, "training": True, "inplace": False}
     given.update(zip(names, node.args, strict=False))
     given.update(node.kwargs)
     training = given.get("train", given["training"])

@@ -200,9 +200,10 @@ def _values(product: Product, node: fx.Node, weights: Operand, source: fx.Node) 
     summed, shared = product_letters(product)
     names = [None if dim is None else letters[dim] for dim in weights.dims]
     own = [letter for letter in others if letter not in letters]
-    if names[_KEYS] != summed or names[_QUERIES] in others or len(own) != 1:
+    queries = names[_QUERIES]
+    if names[_KEYS] != summed or queries is None or queries in others or len(own) != 1:
         raise Unread("the second product does not sum the attention weights over the keys")
-    if set(shared) != {letter for letter in names[:2] if letter is not None} or names[_QUERIES] is None:
+    if set(shared) != {letter for letter in names[:2] if letter is not None}:
         raise Unread("the second product has other dimensions for batch and heads than the first")
     _check_sizes(product, shared)
     places = [None if name is None else others.index(name) for name in (*names[:2], summed, own[0])]
