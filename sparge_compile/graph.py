@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -46,7 +47,7 @@ def may_write(node: fx.Node) -> bool:
     if isinstance(node.target, dynamo.Operator):
         return node.target._schema.is_mutable
     if isinstance(node.target, dynamo.OperatorPacket):
-        return any(getattr(node.target, overload)._schema.is_mutable for overload in node.target.overloads())
+        return any(_writes(getattr(node.target, overload)._schema, node) for overload in node.target.overloads())
     name = op_name(node)
     if name in _IN_PLACE_NAMES or (name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE):
         return True
@@ -55,6 +56,12 @@ def may_write(node: fx.Node) -> bool:
     if not _is_of_torch(node.target) or isinstance(node.target, dynamo.HigherOrderOperator):
         return True
     return "out" in node.kwargs or _asks_in_place(node)
+
+
+def _writes(schema: Any, node: fx.Node) -> bool:
+    """Would the call write if it is this overload? An `out` must be given for that."""
+    written = (a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return any(not argument.kwarg_only or argument.name in node.kwargs for argument in written)
 
 
 def _asks_in_place(node: fx.Node) -> bool:

@@ -222,6 +222,9 @@ def _assemble(scores: Scores, product: torch.Tensor, query: Operand, key: Operan
     heads = scores.heads or second.output.heads or _heads_of(query)
     if heads is not None:
         operands = [_with_batch(_taken_apart(operand, heads, query)) for operand in operands]
+    elif query.dims[0] is None:
+        # A batch may be of any size, a number of heads is guarded on.
+        operands = [replace(x, dims=(x.dims[1], x.dims[0], x.dims[2], x.dims[3])) for x in operands]
     query, key, value, output, *masked = operands
     query = _as_narrow("query", query, product.dtype, result.dtype)
     key = _as_narrow("key", key, product.dtype, result.dtype)
