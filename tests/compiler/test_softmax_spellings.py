@@ -72,7 +72,9 @@ def test_long_calls_are_checked_on_short_ones(tokens):
 )
 def test_sizes_that_are_equal_by_chance_do_not_confuse_the_check(shape):
     q, k, v = (torch.randn(shape) for _ in range(3))
-    is_rewritten(lambda q, k, v: torch.softmax((q @ k.mT / 3).view(shape[0], shape[1], *shape[2:3], -1), -1) @ v, q, k, v)
+    is_rewritten(
+        lambda q, k, v: torch.softmax((q @ k.mT / 3).view(shape[0], shape[1], *shape[2:3], -1), -1) @ v, q, k, v
+    )
 
 
 def test_batch_and_heads_in_one_dimension_are_told_apart():
@@ -84,8 +86,10 @@ def test_batch_and_heads_in_one_dimension_are_told_apart():
 
 
 def _repeat(x):
-    return x[:, :, None].expand(x.shape[0], x.shape[1], 3, x.shape[2], x.shape[3]).reshape(
-        x.shape[0], x.shape[1] * 3, x.shape[2], x.shape[3]
+    return (
+        x[:, :, None]
+        .expand(x.shape[0], x.shape[1], 3, x.shape[2], x.shape[3])
+        .reshape(x.shape[0], x.shape[1] * 3, x.shape[2], x.shape[3])
     )
 
 
