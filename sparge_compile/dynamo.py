@@ -282,9 +282,10 @@ def hint(size: Size) -> int | None:
     return int(size.node.hint) if size.node.has_hint() else None
 
 
-def symbols(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> set[Any]:
-    """The symbols of a symbolic number."""
-    return set(number.node.expr.free_symbols)
+def symbols(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> dict[Any, int | None]:
+    """The symbols of a symbolic number, each with its value at hand, None where that depends on data."""
+    values = number.node.shape_env.backed_var_to_val
+    return {symbol: int(values[symbol]) if symbol in values else None for symbol in number.node.expr.free_symbols}
 
 
 def evaluated(number: torch.SymInt | torch.SymFloat | torch.SymBool, values: dict[Any, int]) -> int | float | bool:

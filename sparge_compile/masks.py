@@ -87,7 +87,19 @@ def _apply(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
     args = fx.node.map_aggregate(node.args, plain)
     kwargs = fx.node.map_aggregate(node.kwargs, plain)
-    return evaluate(op_name(node), result, args, kwargs)
+    name = "broadcast_to" if _adds_leading_ones(node, result) else op_name(node)
+    return evaluate(name, result, args, kwargs)
+
+
+def _adds_leading_ones(node: fx.Node, result: torch.Tensor) -> bool:
+    """Is this a view that only puts dimensions of size 1 in front?"""
+    source = node.args[0] if op_name(node) in ("view", "reshape") else None
+    if not isinstance(source, fx.Node) or not isinstance(dynamo.example(source), torch.Tensor):
+        return False
+    shape = dynamo.example(source).shape
+    added = result.dim() - len(shape)
+    wanted = (*(1,) * added, *shape)
+    return added >= 0 and all(dynamo.known(a == b) for a, b in zip(result.shape, wanted, strict=True))
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -105,9 +105,10 @@ class _Sizes:
     def of(self, value: Any) -> Any:
         """A size, symbolic or not, or another number."""
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            for symbol in sorted(dynamo.symbols(value), key=str):
+            for symbol, at_hand in sorted(dynamo.symbols(value).items(), key=str):
                 if symbol not in self._symbols:
-                    self._symbols[symbol] = next(self._fresh)
+                    keeps = at_hand is not None and at_hand <= _LONG  # a number of heads must stay what it is
+                    self._symbols[symbol] = at_hand if keeps and at_hand is not None else next(self._fresh)
             return dynamo.evaluated(value, self._symbols)
         return self._static.get(value, value) if type(value) is int else value
 

@@ -111,7 +111,7 @@ def _attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx
         one = call(graph, torch.logical_not, one) if mask.hides else one
         attend = one if attend is None else call(graph, torch.logical_and, attend, one)
     if attend is not None and added is not None:
-        return call(graph, torch.where, attend, added, -math.inf)
+        return method(graph, added, "masked_fill", call(graph, torch.logical_not, attend), -math.inf)
     found = added if attend is None else attend
     assert found is not None
     return found
