@@ -13,8 +13,8 @@ Evaluate = Callable[[str, torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 _ONES = ("ones", "ones_like", "new_ones")
 _CONVERTS = ("to", "bool", "int", "long", "float", "half", "bfloat16", "double", "type", "type_as")
-_RESHAPES = ("contiguous", "clone", "detach", "expand", "expand_as", "broadcast_to", "unsqueeze", "getitem")
-_RESHAPES += ("__getitem__", "transpose", "tril", "triu")
+_MOVES = ("contiguous", "clone", "detach", "expand", "expand_as", "broadcast_to", "unsqueeze", "getitem", "__getitem__")
+_TRIANGLES = ("tril", "triu")
 
 
 def evaluate_numbers(
@@ -43,8 +43,8 @@ def _of_one(name: str, result: torch.Tensor, args: tuple[Any, ...], kwargs: dict
     first = args[0]
     if name in _CONVERTS and isinstance(first, Indicator):
         return _condition(first, result, evaluate) if result.dtype == torch.bool else first
-    if name in _RESHAPES and isinstance(first, Indicator):
-        if first.negated and name in ("tril", "triu"):
+    if name in (*_MOVES, "transpose", *_TRIANGLES) and isinstance(first, Indicator):
+        if first.negated and name in _TRIANGLES:
             raise Unproven("a triangle is cut out of a negated mask")
         return Indicator(evaluate(name, result, (first.open, *args[1:]), kwargs), first.negated)
     if kwargs or len(args) != 2:

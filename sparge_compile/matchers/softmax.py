@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import fx
@@ -17,6 +17,7 @@ from torch import fx
 from sparge_compile import dynamo
 from sparge_compile.graph import op_name
 from sparge_compile.matchers import lookalikes
+from sparge_compile.matchers.operand_sources import as_narrow, before_merge, before_widening, heads_of, taken_apart
 from sparge_compile.matchers.products import Product, Unread, check_no_broadcast, is_product, read_product
 from sparge_compile.matchers.score_path import (
     Scores,
@@ -25,8 +26,7 @@ from sparge_compile.matchers.score_path import (
     keeps_scores,
     product_letters,
 )
-from sparge_compile.operands import Dims, Operand, keeps_digits
-from sparge_compile.repeated_heads import before_permutations
+from sparge_compile.operands import Dims, Operand
 from sparge_compile.site import AttentionSite, Mask
 
 NOT_ATTENTION = lookalikes.NOT_ATTENTION
@@ -219,17 +219,17 @@ def _assemble(scores: Scores, product: torch.Tensor, query: Operand, key: Operan
         raise Unread(f"the scale is {scores.scale}")
     result = dynamo.example(second.output.node)
     operands = [query, key, second.value, second.output, *(mask.operand for mask in scores.masks)]
-    heads = scores.heads or second.output.heads or _heads_of(query)
+    heads = scores.heads or second.output.heads or heads_of(query)
     if heads is not None:
-        operands = [_with_batch(_taken_apart(operand, heads, query)) for operand in operands]
+        operands = [before_merge(taken_apart(operand, heads, query)) for operand in operands]
     elif query.dims[0] is None:
         # A batch may be of any size, a number of heads is guarded on.
         operands = [replace(x, dims=(x.dims[1], x.dims[0], x.dims[2], x.dims[3])) for x in operands]
     query, key, value, output, *masked = operands
-    query = _as_narrow("query", query, product.dtype, result.dtype)
-    key = _as_narrow("key", key, product.dtype, result.dtype)
+    query = as_narrow("query", query, product.dtype, result.dtype)
+    key = as_narrow("key", key, product.dtype, result.dtype)
     masks = tuple(
-        Mask(_widened_mask(operand, result.dtype), mask.hides)
+        Mask(before_widening(operand, result.dtype), mask.hides)
         for mask, operand in zip(scores.masks, masked, strict=True)
     )
     return AttentionSite(
@@ -253,74 +253,3 @@ def _empty_rows(scores: Scores) -> Literal["nan", "mean"]:
     if not all(dynamo.example(mask.operand.node).dtype == torch.bool for mask in scores.masks):
         raise Unread(f"scores are filled with {scores.fill} and added to: rows with nothing open could mean anything")
     return "mean"
-
-
-def _heads_of(query: Operand) -> int | None:
-    """The heads of queries that were given to the product with batch and heads in one dimension."""
-    source = _before_merge(query)
-    return None if source is None else dynamo.specialize(source.shape[1])
-
-
-def _taken_apart(operand: Operand, heads: int, query: Operand) -> Operand:
-    """The operand with batch and heads apart, if it has them in one dimension."""
-    total = dynamo.example(query.node).shape[query.dims[1] or 0]
-    if operand.dims[0] is not None or operand.dims[1] is None or operand.heads is not None:
-        return operand
-    if not dynamo.known(dynamo.example(operand.node).shape[operand.dims[1]] == total):
-        return operand
-    return replace(operand, heads=heads)
-
-
-def _with_batch(operand: Operand) -> Operand:
-    """What was reshaped into batch x heads, before it was."""
-    source = _before_merge(operand) if operand.heads is not None else None
-    return source if source is not None and source.shape[1] == operand.heads else operand
-
-
-def _before_merge(operand: Operand) -> Operand | None:
-    if operand.dims[0] is not None or operand.dims[1] is None:
-        return None
-    inner, _ = before_permutations(operand)
-    source: Any = inner.node.args[0] if inner.node.args else None
-    if op_name(inner.node) not in ("reshape", "view", "flatten") or not isinstance(source, fx.Node):
-        return None
-    shape, merged = dynamo.example(source).shape, dynamo.example(inner.node).shape
-    if len(shape) != 4 or len(merged) != 3 or inner.dims[1] != 0 or not isinstance(shape[1], int):
-        return None
-    sizes = (shape[0] * shape[1], shape[2], shape[3])
-    if not all(dynamo.known(a == b) for a, b in zip(sizes, merged, strict=True)):
-        return None
-    third, last = ((dim or 0) + 1 for dim in inner.dims[2:])
-    return Operand(source, (0, 1, third, last))
-
-
-def _as_narrow(name: str, operand: Operand, product: torch.dtype, output: torch.dtype) -> Operand:
-    """The operand in a type that the output's holds whole: before it was widened, if need be.
-
-    Autocast may have narrowed it for the product; the claim casts as autocast did.
-    """
-    dtype = dynamo.example(operand.node).dtype
-    if keeps_digits(dtype, output) or (product == output and keeps_digits(product, dtype)):
-        return operand
-    found = _before_widening(operand, output)
-    if found is None:
-        raise Unread(f"the {name} is {dtype}, the output {output}: it would lose digits")
-    return found
-
-
-def _before_widening(operand: Operand, output: torch.dtype) -> Operand | None:
-    inner, _ = before_permutations(operand)
-    node = inner.node
-    source = node.args[0] if node.args and op_name(node) in ("to", "float", "double", "type") else None
-    if not isinstance(source, fx.Node) or not isinstance(dynamo.example(source), torch.Tensor):
-        return None
-    narrow = dynamo.example(source)
-    whole = keeps_digits(narrow.dtype, output) and keeps_digits(narrow.dtype, dynamo.example(node).dtype)
-    return replace(inner, node=source) if whole and narrow.device == dynamo.example(node).device else None
-
-
-def _widened_mask(operand: Operand, output: torch.dtype) -> Operand:
-    dtype = dynamo.example(operand.node).dtype
-    if dtype == torch.bool or keeps_digits(dtype, output):
-        return operand
-    return _before_widening(operand, output) or operand

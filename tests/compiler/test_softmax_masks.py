@@ -68,9 +68,7 @@ NOT_CAUSAL = {
     "wrong-way-round": lambda q, k: torch.where(ones(q, k).tril().bool(), -1e9, scores(q, k)),
     "flipped": lambda q, k: scores(q, k).masked_fill(ones(q, k).tril().flip(0) == 0, -math.inf),
     "transposed": lambda q, k: scores(q, k).masked_fill((ones(k, q).tril() == 0).transpose(0, 1), -math.inf),
-    "to-the-right": lambda q, k: scores(q, k).masked_fill(
-        ones(q, k).tril(k.shape[2] - q.shape[2]) == 0, -math.inf
-    ),
+    "to-the-right": lambda q, k: scores(q, k).masked_fill(ones(q, k).tril(k.shape[2] - q.shape[2]) == 0, -math.inf),
     "reshaped": lambda q, k: scores(q, k).masked_fill(
         torch.ones(q.shape[2] * 2, k.shape[2] // 2).tril().view(q.shape[2], k.shape[2]) == 0, -math.inf
     ),
@@ -97,9 +95,7 @@ HIDING = {
     "where": lambda s, m, c: torch.where(m[:, None, None, :], s, c),
     "where-hidden": lambda s, m, c: torch.where(~m[:, None, None], c, s),
     "rows-too": lambda s, m, c: s.masked_fill(~(m[:, None, None, :] & m[:, None, :, None]), c),
-    "twice": lambda s, m, c: s.masked_fill(~m[:, None, None, :], c).masked_fill(
-        torch.ones(12, 12).triu(1).bool(), c
-    ),
+    "twice": lambda s, m, c: s.masked_fill(~m[:, None, None, :], c).masked_fill(torch.ones(12, 12).triu(1).bool(), c),
     "in-statements": lambda s, m, c: s.masked_fill_(~m[:, None, None, :], c),
     "of-all-heads": lambda s, m, c: s.masked_fill(~m[:, None, None, :].expand(2, 2, 12, 12), c),
 }
