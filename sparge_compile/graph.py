@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from typing import Any
@@ -68,14 +69,18 @@ def _asks_in_place(node: fx.Node) -> bool:
     """`F.relu(x, True)` and `F.relu(x, inplace=True)` alike."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is not False
-    if not callable(node.target):
-        return False
+    place = _place_of_inplace(node.target)
+    return place is not None and place < len(node.args) and node.args[place] is not False
+
+
+@functools.cache
+def _place_of_inplace(function: Any) -> int | None:
+    """Which argument of a function is `inplace`, None for what has none; asking takes a third of a millisecond."""
     try:
-        parameters = list(inspect.signature(node.target).parameters)
+        parameters = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # a C function; none of torch's has such a parameter
-        return False
-    place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
-    return place < len(node.args) and node.args[place] is not False
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def written_nodes(graph: fx.Graph) -> set[fx.Node]:

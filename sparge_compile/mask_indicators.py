@@ -59,7 +59,7 @@ def _with_number(name: str, result: torch.Tensor, left: Any, right: Any, evaluat
         raise Unproven("the mask combines numbers with something else")
     flipped = Indicator(mask.open, not mask.negated)
     # By the numbers themselves: which of 0 and 1 the comparison holds for.
-    holds = _COMPARISONS.get(name)
+    holds = _COMPARISONS.get(name.strip("_"))
     if holds is not None:
         answers = [holds(x, number) if on_the_left else holds(number, x) for x in (0, 1)]
         if answers[0] != answers[1]:
