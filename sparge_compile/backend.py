@@ -15,6 +15,7 @@ from sparge_compile.graph import blocker, written_nodes
 from sparge_compile.markers import Marker, tables_of, take_markers, with_table
 from sparge_compile.matchers import find_sites, softmax
 from sparge_compile.policy import Policy, replace, split_options
+from sparge_compile.proof import prove
 from sparge_compile.report import LAST, SiteReport, describe
 from sparge_compile.rewrite import rewrite
 from sparge_compile.site import AttentionSite, Claim, Decision, Refusal, StrictPolicyError
@@ -125,12 +126,15 @@ def _decide(
     claimed = claim(site, policy, written)
     if not isinstance(claimed, Claim):
         return claimed
-    if table is None:
-        return decide(claimed, policy)
     if isinstance(table, Refusal):
         return table
-    outcome = decide(claimed, replace(policy, {"profile": None}))  # what is attached wins over any profile
-    return with_table(outcome, table) if isinstance(outcome, Decision) else outcome
+    # What is attached wins over any profile.
+    outcome = decide(claimed, policy if table is None else replace(policy, {"profile": None}))
+    if table is not None and isinstance(outcome, Decision):
+        outcome = with_table(outcome, table)
+    if isinstance(outcome, Decision) and site.several_nodes:
+        return prove(outcome, written) or outcome
+    return outcome
 
 
 def _check_strict(policy: Policy, reports: Sequence[SiteReport]) -> None:

@@ -26,7 +26,7 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import forward_ad as _forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
@@ -289,6 +289,24 @@ def hint(size: Size) -> int | None:
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.has_hint() else None
+
+
+def symbols(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> dict[Any, int | None]:
+    """The symbols of a symbolic number, each with its value at hand, None where that depends on data."""
+    values = number.node.shape_env.backed_var_to_val
+    return {symbol: int(values[symbol]) if symbol in values else None for symbol in number.node.expr.free_symbols}
+
+
+def evaluated(number: torch.SymInt | torch.SymFloat | torch.SymBool, values: dict[Any, int]) -> int | float | bool:
+    """A symbolic number with numbers in place of its symbols. Adds no guard."""
+    return number.node.pytype(number.node.expr.xreplace(values))
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Inside, operations compute numbers, whatever modes the caller of the compiled function has set."""
+    with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+        yield
 
 
 def physical_layout(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -39,8 +39,11 @@ class AttentionSite:
         masks: all of them hold.
         dropout_p, is_causal, scale, enable_gqa: the arguments as given: constants, or nodes.
         unmatched: why the matcher could not read the call, or None.
-        empty_rows: what the call gives a query that its masks leave no key: `zero`, as the operator does, or `nan`.
         piece: where `node` is an opaque call, what it computes; the tensors of the call are nodes of its graph.
+        several_nodes: the call is several nodes and not one. What it reads must not change between them, it is proven
+            equal before it is rewritten (proof.py), and no operand may lose digits.
+        empty_rows: what queries give that may attend to nothing: `zero` (as SDPA does), `nan`, or the `mean` of the
+            values of all keys.
     """
 
     node: fx.Node
@@ -57,8 +60,9 @@ class AttentionSite:
     scale: Any = None
     enable_gqa: Any = False
     unmatched: str | None = None
-    empty_rows: Literal["zero", "nan"] = "zero"
     piece: Piece | None = None
+    several_nodes: bool = False
+    empty_rows: Literal["zero", "nan", "mean"] = "zero"
 
 
 @dataclass(frozen=True)

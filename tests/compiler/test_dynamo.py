@@ -353,3 +353,22 @@ def test_a_function_is_written_out_with_its_attention_as_one_node_under_the_grap
     assert (attention, torch.bfloat16) in inner, "_enter_autocast, or make_fx(pre_dispatch=True), changed"
     assert (attention, torch.float32) in outer, "_exit_autocast, or make_fx(pre_dispatch=True), changed"
     assert torch.is_autocast_cache_enabled()
+
+
+def test_symbolic_sizes_are_evaluated_with_other_numbers():
+    def look(gm):
+        size = dynamo.example(attention_node(gm).args[0]).shape[2]
+        ((symbol, at_hand),) = dynamo.symbols(size * 3).items()
+        return at_hand, dynamo.evaluated(size * 3, {symbol: 5}), dynamo.evaluated(size * 0.5, {symbol: 5})
+
+    x = torch.randn(2, 2, 6, 8)
+    torch._dynamo.mark_dynamic(x, 2)
+    assert inside_a_compile(look, x) == (6, 15, 2.5), "ShapeEnv.backed_var_to_val or SymNode.expr moved"
+
+
+def test_real_tensors_are_real_inside_fake_modes_and_the_users_modes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"), FakeTensorMode(), dynamo.real_tensors():
+        assert torch.ones(2, device="cpu").sum().item() == 2, "unset_fake_temporarily changed"
+        assert torch.ones(2).device.type == "cpu", "torch._C.DisableTorchFunction changed"
