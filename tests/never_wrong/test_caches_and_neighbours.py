@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from arms import item
 from light import CLOSE, EXACT_OPTIONS, Stack
 from torch import nn
 
@@ -58,11 +59,13 @@ def test_the_backend_is_found_by_name_with_only_torch_imported(runs):
     assert (site["name"], site["rewritten"], site["thresholds"][0]["topk"]) == ("Attention", True, 0.5)
 
 
+@item(13, "compiled")
 def test_a_warm_cache_gives_the_same_numbers_and_the_same_report(runs):
     assert runs[1]["hits"] > runs[0]["hits"] == 0, "the second process did not use the cache: nothing was tested"
     assert runs[1]["out"] == runs[0]["out"] and runs[1]["report"] == runs[0]["report"]
 
 
+@item(13, "compiled")
 def test_a_changed_policy_is_not_served_stale(runs):
     (site,) = json.loads(runs[2]["report"])["sites"]
     assert site["thresholds"][0]["topk"] == 1.0
@@ -85,6 +88,7 @@ def test_importing_the_kernels_brings_neither_triton_nor_the_compiler():
     assert in_a_fresh_process(program) == "[]"
 
 
+@item(14, "compiled")
 def test_models_compiled_otherwise_or_not_at_all_are_the_same_before_during_and_after():
     torch.manual_seed(1)
     eager, plain, rewritten = (Stack(1).eval() for _ in range(3))
