@@ -51,6 +51,11 @@ class Arm:
         return self.kernel if self.entry == "itself" else f"{self.kernel}-{self.entry}"
 
     @property
+    def is_slow(self) -> bool:
+        """A call takes tenths of a second: tests may ask less of it."""
+        return self.kernel == "triton"
+
+    @property
     def shares_a_centre(self) -> bool:
         """All K tiles of a head are centred by one vector."""
         return KERNELS["triton" if self.kernel == "gpu" else self.kernel] in SHARING
@@ -90,10 +95,11 @@ class Arm:
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         scale: float | None = None,
+        keep_device: bool = False,
     ) -> Outcome:
         """The same under a policy, dense or not. What an entry says it did is what happened."""
         self.skip_if_unavailable()
-        if self.kernel == "gpu":
+        if self.kernel == "gpu" and not keep_device:
             q, k, v = (on_gpu(x) for x in (q, k, v))
             attn_mask = None if attn_mask is None else on_gpu(attn_mask)
         call = {"is_causal": is_causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
@@ -104,7 +110,9 @@ class Arm:
         assert ran in (["sparse"], []), "an entry that runs the operator runs it once, and sparsely"
         assert bool(ran) == (not reason), "what the entry says and what ran do not agree"
         density = records[0].density if records else torch.ones(q.shape[:2])
-        return Outcome(output.cpu(), density.cpu(), "sparse" if ran else "dense", reason)
+        if not keep_device:
+            output, density = output.cpu(), density.cpu()
+        return Outcome(output, density, "sparse" if ran else "dense", reason)
 
     def skip_if_unavailable(self) -> None:
         on_cuda = torch.cuda.is_available()

@@ -13,7 +13,15 @@ from arms import Arm
 from sparge_kernels.cpu import KERNEL_VARIABLE
 
 # What an entry or a kernel does not see of a case needs no run of all of them. Without a GPU:
-CASES = {"triton-direct": 1, "triton-compiled": 1, "blocked-compiled": 6, "native-compiled": 10, "gpu": 1}
+CASES = {
+    "reference": 60,
+    "reference-shared": 60,
+    "triton-direct": 1,
+    "triton-compiled": 1,
+    "blocked-compiled": 6,
+    "native-compiled": 10,
+    "gpu": 1,
+}
 HERE = Path(__file__).parent
 
 

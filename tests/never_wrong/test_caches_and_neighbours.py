@@ -12,6 +12,7 @@ from light import CLOSE, EXACT_OPTIONS, Stack
 from torch import nn
 
 import sparge_compile as sparge
+from sparge_kernels.cpu import KERNEL_VARIABLE
 
 # Imports nothing but torch until the model has run: the backend is found by its name alone.
 PROGRAM = """
@@ -30,12 +31,13 @@ hits = sum(counters["inductor"][name] for name in ("fxgraph_cache_hit", "fxgraph
 hits += counters["aot_autograd"]["autograd_cache_hit"]
 import sparge_compile
 report = sparge_compile.last_report().to_json()
-print(json.dumps({"out": out.double().sum(-1).flatten().tolist(), "report": report, "hits": hits}))
+print(json.dumps({"out": out.double().sum(-1).flatten().tolist(), "report": report, "hits": hits,
+                  "native": "sparge_kernels.cpu.native" in sys.modules}))
 """
 
 
-def in_a_fresh_process(program: str, *arguments: str, cache: str | None = None) -> str:
-    environment = {**os.environ, **({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})}
+def in_a_fresh_process(program: str, *arguments: str, cache: str | None = None, kernel: str = "native") -> str:
+    environment = {**os.environ, KERNEL_VARIABLE: kernel, **({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})}
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", program, *arguments],
         env=environment,
@@ -49,9 +51,10 @@ def in_a_fresh_process(program: str, *arguments: str, cache: str | None = None) 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same program twice with one cache, then with another policy."""
+    """The same program twice with one cache, then with another policy, then with another kernel."""
     cache = str(tmp_path_factory.mktemp("inductor"))
-    return [json.loads(in_a_fresh_process(PROGRAM, topk, cache=cache)) for topk in ("0.5", "0.5", "1.0")]
+    variants = [("0.5", "native"), ("0.5", "native"), ("1.0", "native"), ("0.5", "blocked")]
+    return [json.loads(in_a_fresh_process(PROGRAM, topk, cache=cache, kernel=kernel)) for topk, kernel in variants]
 
 
 def test_the_backend_is_found_by_name_with_only_torch_imported(runs):
@@ -70,6 +73,12 @@ def test_a_changed_policy_is_not_served_stale(runs):
     (site,) = json.loads(runs[2]["report"])["sites"]
     assert site["thresholds"][0]["topk"] == 1.0
     assert runs[2]["out"] != runs[0]["out"]
+
+
+@item(13, "compiled")
+def test_a_changed_kernel_runs_in_the_graph_of_the_cache(runs):
+    assert runs[3]["hits"] > 0 and runs[0]["native"] and not runs[3]["native"]
+    assert runs[3]["out"] == pytest.approx(runs[0]["out"], rel=2e-2, abs=2e-2)
 
 
 def test_importing_the_package_brings_neither_triton_nor_inductor():

@@ -51,7 +51,7 @@ def test_the_prediction_uses_the_scale_too(arm, is_causal):
 @pytest.mark.parametrize("intruder", [1e4, NAN, -INF], ids=["large", "nan", "minus-inf"])
 def test_a_future_key_or_value_changes_no_bit_of_an_earlier_output(arm, dtype, precision, position, intruder):
     q, k, v = (x.to(dtype) for x in smooth_field((1, 3, 128), heads=1))
-    for thresholds in (DEFAULT, HALF):
+    for thresholds in (DEFAULT,) if arm.is_slow else (DEFAULT, HALF):
         before = arm(q, k, v, thresholds, is_causal=True, precision=precision).output
         later_k, later_v = k.clone(), v.clone()
         later_k[:, :, position:, ::3] = intruder

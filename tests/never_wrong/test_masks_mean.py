@@ -146,11 +146,10 @@ def test_the_finite_minimum_of_a_dtype_hides_among_other_keys(arm, dtype):
 def test_a_row_of_the_largest_numbers_is_a_row_of_equal_ones(arm, dtype, sign):
     q, k, v = random_qkv(150, 200, dtype=dtype)
     attn_mask = torch.full((1, 1, 150, 200), sign * torch.finfo(dtype).max, dtype=dtype)
-    for entry in (KEEP_ALL, HALF):  # under HALF the tiles that are kept are no more than like the others
+    for entry in (HALF, KEEP_ALL):  # under HALF the tiles that are kept are no more than like the others
         output = arm(q, k, v, entry, attn_mask=attn_mask, scale=0.0).output
         assert output.isfinite().all()
         assert output.abs().amax(-1).min() > 0
-    output = arm(q, k, v, attn_mask=attn_mask, scale=0.0).output
     assert relative_l1(output, v.double().mean(2, keepdim=True).expand_as(output)) < 0.02
 
 
@@ -209,8 +208,9 @@ def test_masked_numbers_that_are_not_finite_give_nan_only_where_sdpa_does(arm, p
 @masking_arms
 @pytest.mark.parametrize("mask", ["documents", "sliding-window", "causal", "minus-inf", "padding"])
 def test_every_row_that_sees_a_key_keeps_one_however_few_tiles_are_kept(arm, mask):
-    q, k, v = random_qkv(900, 900)
-    attn_mask = MASKS[mask](1, 2, 900, 900)
+    tokens = 450 if arm.is_slow else 900
+    q, k, v = random_qkv(tokens, tokens)
+    attn_mask = MASKS[mask](1, 2, tokens, tokens)
     result = arm(q, k, v, Thresholds(0.1, 1.0, -1.0, None), attn_mask=attn_mask)
     sees_nothing = (dense(q, k, v, attn_mask=attn_mask) == 0).all(-1)
     assert torch.equal((result.output == 0).all(-1), sees_nothing)
