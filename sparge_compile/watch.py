@@ -50,7 +50,7 @@ class Watcher:
 
     def name_of(self, site: str, traced_in: nn.Module | None, running: nn.Module | None) -> str:
         """A site's name in the module that runs it. Modules that share a graph share its trace, and the names in it."""
-        before, now = (self._names.get(module, "") if module else "" for module in (traced_in, running))
+        before, now = ("" if module is None else self._names.get(module, "") for module in (traced_in, running))
         if before and now and (site + ".").startswith((before + ".", before + ":")):
             return now + site[len(before) :]
         return site

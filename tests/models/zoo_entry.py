@@ -24,6 +24,39 @@ class Call(NamedTuple):
         return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+}
+
+
+def from_transformers(model: str, config: Mapping[str, Any], **inputs: Any) -> Call:
+    """A model of transformers by the name of its class, with a configuration of its own kind."""
+    import transformers
+
+    kind = getattr(transformers, model)
+    return Call(kind(kind.config_class(**config)), (), inputs)
+
+
+def from_diffusers(model: str, config: Mapping[str, Any], **inputs: Any) -> Call:
+    """A model of diffusers by the name of its class."""
+    import diffusers
+
+    return Call(getattr(diffusers, model)(**config), (), {**inputs, "return_dict": False})
+
+
+def tokens(batch: int, length: int, vocabulary: int = 256) -> Tensor:
+    return torch.randint(3, vocabulary, (batch, length))
+
+
+def padding(*lengths: int, to: int) -> Tensor:
+    """An attention_mask of transformers: 1 for a token, 0 for padding behind it."""
+    return (torch.arange(to) < torch.tensor(lengths)[:, None]).long()
+
+
 class Rewritten(NamedTuple):
     """Sites that run `sparge::attention`: an fnmatch pattern on their names, and how many there are."""
 
