@@ -16,9 +16,10 @@ from torch import fx
 from sparge_compile import dynamo
 from sparge_compile.graph import reshaped_in_place
 from sparge_compile.masks import mask_meaning
+from sparge_compile.operands import Operand
 from sparge_compile.policy import Policy
 from sparge_compile.repeated_heads import unrepeat
-from sparge_compile.site import AttentionSite, Claim, Refusal
+from sparge_compile.site import AttentionSite, Claim, Mask, Refusal
 from sparge_kernels import ops
 
 
@@ -43,27 +44,27 @@ def claim(site: AttentionSite, policy: Policy, written: set[fx.Node]) -> Claim |
 
 def _claim(site: AttentionSite, policy: Policy, written: set[fx.Node]) -> Claim:
     _check_requested(site, policy)
-    if site.unmatched is not None or site.query is None or site.key is None or site.value is None:
+    query, key, value, output = site.query, site.key, site.value, site.output
+    if site.unmatched is not None or query is None or key is None or value is None or output is None:
         raise _Refused(site.unmatched or "the call's query, key and value could not be read")
-    if any(reshaped_in_place(node) for node in (site.node, site.query, site.key, site.value)):
+    operands = (query, key, value, output, *(mask.operand for mask in site.masks))
+    if any(reshaped_in_place(operand.node) for operand in operands):
         raise _Refused("a tensor of the call changes its shape or strides in place (transpose_, squeeze_, ...)")
-    output = _fake(site.node)
-    query, key, value = (_fake(node) for node in (site.query, site.key, site.value))
-    _check_tensors(output, query, key, value)
+    _check_tensors({"query": query, "key": key, "value": value}, output)
     _check_dropout(site)
-    is_causal = _constant(site.is_causal, bool, "is_causal")
-    if site.attn_mask is not None:
-        is_causal = _read_mask(site, query, key, written, is_causal)
-    key_node, value_node, shares_heads = _heads(site, query, key, value, written)
+    masks, is_causal = _read_masks(site, query, key, output, written)
+    key, value, shares_heads = _heads(site, query, key, value, written)
     return Claim(
         site=site,
-        query=site.query,
-        key=key_node,
-        value=value_node,
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        masks=masks,
         is_causal=is_causal,
         scale=_scale(site.scale),
         enable_gqa=shares_heads,
-        dtype=output.dtype,
+        dtype=dynamo.example(output.node).dtype,
         precision=_precision(policy),
     )
 
@@ -74,27 +75,24 @@ def _check_requested(site: AttentionSite, policy: Policy) -> None:
             raise _Refused(f"the policy keeps it dense (dense pattern {pattern!r})", requested=True)
 
 
-def _fake(node: fx.Node) -> torch.Tensor:
-    value = dynamo.example(node)
-    if not isinstance(value, torch.Tensor):
-        raise _Refused(f"{node.name} is not one tensor in the graph")
-    return value
-
-
-def _check_tensors(output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def _check_tensors(inputs: dict[str, Operand], output: Operand) -> None:
+    result = dynamo.example(output.node)
     # The output's flag and dtype are exact: they know no_grad regions and ambient autocast, the inputs' do not.
-    if output.requires_grad:
+    if result.requires_grad:
         raise _Refused("a gradient is needed here and the kernel has no backward; run it under torch.no_grad()")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not dynamo.is_plain(tensor):
-            raise _Refused(f"the {name} is not a plain strided tensor ({type(tensor).__name__}, {tensor.layout})")
-        if tensor.dim() != 4:
-            raise _Refused(f"the {name} has {tensor.dim()} dimensions; [batch, heads, tokens, head_dim] is supported")
-        if tensor.device != output.device:
-            raise _Refused(f"the {name} is on {tensor.device}, the output on {output.device}")
-    unsupported = ops.check_static(head_dim=1, value_head_dim=1, dtype=output.dtype, device=output.device)
+    for name, operand in inputs.items():
+        _check_plain(name, operand, result.device)
+    unsupported = ops.check_static(head_dim=1, value_head_dim=1, dtype=result.dtype, device=result.device)
     if unsupported is not None:
         raise _Refused(unsupported)
+
+
+def _check_plain(name: str, operand: Operand, device: torch.device) -> None:
+    tensor = dynamo.example(operand.node)
+    if not dynamo.is_plain(tensor):
+        raise _Refused(f"the {name} is not a plain strided tensor ({type(tensor).__name__}, {tensor.layout})")
+    if tensor.device != device:
+        raise _Refused(f"the {name} is on {tensor.device}, the output on {device}")
 
 
 def _check_dropout(site: AttentionSite) -> None:
@@ -124,27 +122,41 @@ def _scale(scale: Any) -> float | None:
     return float(scale)
 
 
-def _read_mask(
-    site: AttentionSite, query: torch.Tensor, key: torch.Tensor, written: set[fx.Node], is_causal: bool
-) -> bool:
-    """Whether the call is causal once its mask is read; refuses a mask that means anything else."""
+def _read_masks(
+    site: AttentionSite, query: Operand, key: Operand, output: Operand, written: set[fx.Node]
+) -> tuple[tuple[Mask, ...], bool]:
+    """(the masks that the kernel needs, whether the call is causal) once what masks mean is read."""
+    is_causal = _constant(site.is_causal, bool, "is_causal")
+    if not site.masks:
+        return (), is_causal
     if is_causal:
         raise _Refused(
             "attn_mask and is_causal=True are given together; what that means differs between torch versions"
         )
-    if not isinstance(site.attn_mask, fx.Node) or not isinstance(dynamo.example(site.attn_mask), torch.Tensor):
-        raise _Refused("attn_mask is not a tensor of the graph")
-    meaning = mask_meaning(site.attn_mask, query.shape[2], key.shape[2], written)
-    if meaning.kind not in ("causal", "all_true"):
-        raise _Refused(f"attn_mask is not plain causal or all true ({meaning.detail}); masks are not supported yet")
-    return meaning.kind == "causal"
+    meanings = [mask_meaning(mask, query.shape[2], key.shape[2], written).kind for mask in site.masks]
+    if all(kind in ("all_true", "causal") for kind in meanings):
+        return (), "causal" in meanings
+    for mask in site.masks:
+        _check_mask(mask, query, output)
+    needed = zip(site.masks, meanings, strict=True)
+    return tuple(mask for mask, kind in needed if kind != "all_true"), False
+
+
+def _check_mask(mask: Mask, query: Operand, output: Operand) -> None:
+    tensor, result = dynamo.example(mask.operand.node), dynamo.example(output.node)
+    _check_plain("attn_mask", mask.operand, result.device)
+    if tensor.dtype in (torch.bool, result.dtype):
+        return
+    # Autocast makes a mask of floats what it makes of the query.
+    autocast = dynamo.example(query.node).dtype != result.dtype
+    if not (autocast and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)):
+        raise _Refused(f"attn_mask is {tensor.dtype}; bool and the query's {result.dtype} are supported")
 
 
 def _heads(
-    site: AttentionSite, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, written: set[fx.Node]
-) -> tuple[fx.Node, fx.Node, bool]:
-    """(key node, value node, do query heads share them), repetition seen through."""
-    assert site.key is not None and site.value is not None
+    site: AttentionSite, query: Operand, key: Operand, value: Operand, written: set[fx.Node]
+) -> tuple[Operand, Operand, bool]:
+    """(key, value, do query heads share them), repetition seen through."""
     enable_gqa = _constant(site.enable_gqa, bool, "enable_gqa")
     q_heads, k_heads, v_heads = (dynamo.specialize(x.shape[1]) for x in (query, key, value))
     if q_heads is None or k_heads is None or k_heads != v_heads:
@@ -152,12 +164,12 @@ def _heads(
     if q_heads != k_heads:
         if not enable_gqa or k_heads == 0 or q_heads % k_heads:
             raise _Refused(f"{q_heads} query heads over {k_heads} key heads (enable_gqa={enable_gqa})")
-        return site.key, site.value, True
-    key_node, key_repeats = unrepeat(site.key, written)
-    value_node, value_repeats = unrepeat(site.value, written)
+        return key, value, True
+    single_key, key_repeats = unrepeat(key, written)
+    single_value, value_repeats = unrepeat(value, written)
     if key_repeats == value_repeats and key_repeats > 1:
-        return key_node, value_node, True
-    return site.key, site.value, False
+        return single_key, single_value, True
+    return key, value, False
 
 
 def _precision(policy: Policy) -> str:

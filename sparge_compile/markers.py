@@ -124,7 +124,7 @@ def _tables_of_module(sites: Sequence[AttentionSite], tables: dict[int, Marker])
 
 def with_table(decision: Decision, marker: Marker) -> Decision | Refusal:
     """The decision with an attached table in place of its thresholds; refuses a table that does not fit the call."""
-    query, numbers = (dynamo.example(node) for node in (decision.claim.query, marker.table))
+    query, numbers = (dynamo.example(node) for node in (decision.claim.query.node, marker.table))
     if numbers.dtype != torch.int64 or numbers.dim() != 2 or not dynamo.known(numbers.shape[1] == FIELDS):
         return Refusal(
             f"the attached thresholds were changed to {numbers.dtype} {list(numbers.shape)} (by model.type(...)?); "
@@ -132,7 +132,7 @@ def with_table(decision: Decision, marker: Marker) -> Decision | Refusal:
         )
     if numbers.device != query.device:
         return Refusal(f"the attached thresholds are on {numbers.device}, the call on {query.device}; move the module")
-    entries, heads = dynamo.specialize(numbers.shape[0]), dynamo.specialize(query.shape[1])
+    entries, heads = dynamo.specialize(numbers.shape[0]), dynamo.specialize(decision.claim.query.shape[1])
     if entries == 0:
         return Refusal("the attached profile keeps it dense", requested=True)
     if entries not in (1, heads):

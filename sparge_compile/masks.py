@@ -20,6 +20,7 @@ from sparge_compile.dynamo import Size
 from sparge_compile.graph import op_name
 from sparge_compile.mask_algebra import evaluate
 from sparge_compile.mask_values import Affine, Open, Unproven
+from sparge_compile.site import Mask
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,21 @@ class MaskMeaning:
     detail: str = ""
 
 
-def mask_meaning(mask: fx.Node, q_len: Size, k_len: Size, written: set[fx.Node]) -> MaskMeaning:
-    """The meaning of an `attn_mask` argument, boolean or additive, for queries i and keys j.
+def mask_meaning(mask: Mask, q_len: Size, k_len: Size, written: set[fx.Node]) -> MaskMeaning:
+    """The meaning of a mask, boolean or additive, for queries i and keys j.
 
     Args:
-        mask: the node given as attn_mask.
+        mask: of the call.
         q_len, k_len: the call's query and key counts.
         written: nodes whose storage may be written in place (`graph.written_nodes`).
     """
+    node = mask.operand.node
     try:
-        value = _interpret(mask, written)
+        if mask.operand.order != tuple(range(len(mask.operand.order))):
+            raise Unproven("the mask's dimensions are permuted")
+        value = _interpret(node, written)
+        if mask.hides:
+            value = evaluate("logical_not", dynamo.example(node), (value,), {})
         if not isinstance(value, Open):
             raise Unproven("the mask is not a boolean or additive mask")
         return _classify(value, q_len, k_len)

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from sparge_compile.backend import decide_sites
 from sparge_compile.markers import take_markers
+from sparge_compile.operands import with_four_dimensions
 from sparge_compile.policy import Policy
 from sparge_compile.search import Call
 from sparge_compile.site import Claim, Decision, Refusal
@@ -109,8 +110,11 @@ def _look_on(graph: fx.Graph, decision: Decision) -> None:
         with torch.autocast(query.device.type, enabled=False):
             observer.saw(site, _call(claim, query, key, value, dense))
 
+    operands = (claim.query, claim.key, claim.value, claim.output)
     with graph.inserting_after(claim.site.node):
-        graph.call_function(look_on, (claim.query, claim.key, claim.value, claim.site.node))
+        marker = graph.call_function(look_on)
+    with graph.inserting_before(marker):
+        marker.args = tuple(with_four_dimensions(graph, operand, operand.node) for operand in operands)
 
 
 def _call(claim: Claim, query: Tensor, key: Tensor, value: Tensor, dense: Tensor) -> Call:

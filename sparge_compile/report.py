@@ -173,15 +173,12 @@ def describe(site: AttentionSite, outcome: Decision | Refusal, variant: int | No
 def _sizes(site: AttentionSite) -> dict[str, Any]:
     if site.query is None or site.key is None:
         return {}
-    query, key = dynamo.example(site.query), dynamo.example(site.key)
-    if not all(isinstance(x, torch.Tensor) and x.dim() >= 2 for x in (query, key)):
-        return {}
-    heads = dynamo.hint(query.shape[1]) if query.dim() == 4 else None
+    _, heads, q_len, head_dim = site.query.shape
     return {
-        "q_len": _length(query.shape[-2]),
-        "k_len": _length(key.shape[-2]),
-        "heads": heads,
-        "head_dim": dynamo.hint(query.shape[-1]),
+        "q_len": _length(q_len),
+        "k_len": _length(site.key.shape[2]),
+        "heads": dynamo.hint(heads),
+        "head_dim": dynamo.hint(head_dim),
     }
 
 

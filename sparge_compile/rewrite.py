@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.site import Decision
+from sparge_compile.operands import as_in, call, memory_order, method, with_four_dimensions
+from sparge_compile.site import Claim, Decision
 from sparge_kernels.thresholds import pack
 
 
@@ -28,49 +30,68 @@ def rewrite(gm: fx.GraphModule, decisions: Sequence[Decision]) -> None:
 
 def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, fx.Node]) -> None:
     """`replaced` maps the nodes of earlier sites, which may be this one's inputs, to what stands for them now."""
-    claim = decision.claim
-    node = claim.site.node
-    table = decision.table
-    output = dynamo.example(node)
+    node = decision.claim.site.node
     with graph.inserting_before(node):
-        claimed = (claim.query, claim.key, claim.value)
-        inputs = tuple(_cast(graph, replaced.get(x, x), claim.dtype) for x in claimed)
-        # The output keeps the memory order the dense call had, so that a later .view() stays valid.
-        replacement = graph.call_function(
-            torch.ops.sparge.attention.default,
-            inputs,
-            {
-                **({} if table is None else {"threshold_table": _numbers(graph, table)}),
-                "thresholds": pack(decision.thresholds),
-                "is_causal": claim.is_causal,
-                "scale": claim.scale,
-                "enable_gqa": claim.enable_gqa,
-                "precision": claim.precision,
-                "predictor": decision.predictor,
-                "min_tokens": decision.min_tokens,
-                "layout": list(dynamo.physical_layout(output)),
-                "site": claim.site.name,
-            },
-        )
-    replacement.meta = dict(node.meta)
+        replacement = attend(graph, decision, lambda operand: replaced.get(operand, operand))
+    replacement.meta = {**node.meta, **replacement.meta}
     node.replace_all_uses_with(replacement)
     graph.erase_node(node)
     replaced[node] = replacement
 
 
-def _numbers(graph: fx.Graph, table: fx.Node) -> fx.Node:
-    """An attached table, int64, as the fp64 numbers whose bits it holds."""
-    numbers = graph.call_method("view", (table, torch.float64))
-    dynamo.set_example(numbers, dynamo.example(table).view(torch.float64))
-    return numbers
+def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """New nodes that compute a decided site, and the last of them, which has the dimensions of the site's output.
+
+    Args:
+        graph: where to insert, at its insert point.
+        decision: what to compute.
+        stands_for: the node of `graph` for each node of the claim.
+    """
+    claim, table = decision.claim, decision.table
+    inputs = [
+        _cast(graph, with_four_dimensions(graph, operand, stands_for(operand.node)), claim.dtype)
+        for operand in (claim.query, claim.key, claim.value)
+    ]
+    attn_mask = {} if not claim.masks else {"attn_mask": _attn_mask(graph, claim, stands_for)}
+    numbers = {} if table is None else {"threshold_table": method(graph, stands_for(table), "view", torch.float64)}
+    output = call(
+        graph,
+        torch.ops.sparge.attention.default,
+        *inputs,
+        **attn_mask,
+        **numbers,
+        thresholds=pack(decision.thresholds),
+        is_causal=claim.is_causal,
+        scale=claim.scale,
+        enable_gqa=claim.enable_gqa,
+        precision=claim.precision,
+        predictor=decision.predictor,
+        min_tokens=decision.min_tokens,
+        # The output keeps the memory order the dense call had, so that a later .view() stays valid.
+        layout=memory_order(claim.output),
+        site=claim.site.name,
+    )
+    return as_in(graph, claim.output, output)
+
+
+def _attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """The masks of a claim as one, four-dimensional, boolean if all of them are."""
+    attend, added = None, None
+    for mask in claim.masks:
+        one = with_four_dimensions(graph, mask.operand, stands_for(mask.operand.node))
+        if dynamo.example(one).dtype != torch.bool:
+            one = _cast(graph, one, claim.dtype)
+            added = one if added is None else call(graph, torch.add, added, one)
+            continue
+        one = call(graph, torch.logical_not, one) if mask.hides else one
+        attend = one if attend is None else call(graph, torch.logical_and, attend, one)
+    if attend is not None and added is not None:
+        return call(graph, torch.where, attend, added, -math.inf)
+    found = added if attend is None else attend
+    assert found is not None
+    return found
 
 
 def _cast(graph: fx.Graph, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:
     """Under autocast the call computed in the autocast dtype; the operator takes its inputs as they come."""
-    fake = dynamo.example(tensor)
-    if fake.dtype == dtype:
-        return tensor
-    cast = graph.call_method("to", (tensor, dtype))
-    cast.meta = {key: value for key, value in tensor.meta.items() if key != "source_fn_stack"}
-    dynamo.set_example(cast, fake.to(dtype))
-    return cast
+    return tensor if dynamo.example(tensor).dtype == dtype else method(graph, tensor, "to", dtype)

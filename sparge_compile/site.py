@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparge_compile.operands import Operand
 from sparge_kernels.thresholds import Thresholds
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask of a call, [batch, heads, queries, keys], each size full or 1.
+
+    Boolean: True is "attend", or "hidden" with `hides`. Floating point: added to the scores, in nats.
+    """
+
+    operand: Operand
+    hides: bool = False
 
 
 @dataclass(frozen=True)
@@ -20,8 +32,8 @@ class AttentionSite:
         pattern: `sdpa`, `mha`, `softmax`, `opaque` (another library's kernel), or `not_attention` (looks like it).
         name: module name, `:1`, `:2` appended where one module has several.
         source: `file:line` of the call in user code, or an empty string.
-        query, key, value: [batch, heads, tokens, head_dim] nodes; None where the pattern does not expose them.
-        attn_mask: the mask argument: a node or None.
+        query, key, value, output: the tensors of the call; None where the pattern does not expose them.
+        masks: all of them hold.
         dropout_p, is_causal, scale, enable_gqa: the arguments as given: constants, or nodes.
         unmatched: why the matcher could not read the call, or None.
     """
@@ -30,10 +42,11 @@ class AttentionSite:
     pattern: str
     name: str = ""
     source: str = ""
-    query: fx.Node | None = None
-    key: fx.Node | None = None
-    value: fx.Node | None = None
-    attn_mask: Any = None
+    query: Operand | None = None
+    key: Operand | None = None
+    value: Operand | None = None
+    output: Operand | None = None
+    masks: tuple[Mask, ...] = ()
     dropout_p: Any = 0.0
     is_causal: Any = False
     scale: Any = None
@@ -53,13 +66,16 @@ class Refusal:
 class Claim:
     """A site that the kernel can serve with the meaning the call has.
 
-    `key` and `value` have their own head count: a repetition for GQA has been seen through.
+    `key` and `value` have their own head count: a repetition for GQA has been seen through. `masks` are those that the
+    kernel needs: what is open everywhere is left out, and so is one that `is_causal` says.
     """
 
     site: AttentionSite
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
+    query: Operand
+    key: Operand
+    value: Operand
+    output: Operand
+    masks: tuple[Mask, ...]
     is_causal: bool
     scale: float | None
     enable_gqa: bool

@@ -12,6 +12,7 @@ import torch
 
 from sparge_compile import dynamo
 from sparge_compile.dynamo import Size
+from sparge_compile.operands import Operand
 from sparge_compile.policy import Policy
 from sparge_compile.rules import break_even, rule_for
 from sparge_compile.site import Claim, Decision, Refusal
@@ -21,23 +22,23 @@ from sparge_kernels.thresholds import Thresholds
 
 def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     """Chooses thresholds for a claimed site, guarding the graph on what the choice depends on."""
-    query, key, value = (dynamo.example(node) for node in (claim.query, claim.key, claim.value))
-    refusal = _check_sizes(query, key, value)
+    query, key, device = claim.query, claim.key, dynamo.example(claim.output.node).device
+    refusal = _check_sizes(query, key, claim.value, device) or _check_masks(claim)
     if refusal is not None:
         return refusal
     kept_dense = policy.profile.dense_reason(claim.site.name) if policy.profile is not None else None
     if kept_dense is not None:
         return Refusal(f"the profile keeps it dense ({kept_dense})", requested=True)
-    minimum = min_tokens(policy, query.device, claim.precision)
+    minimum = min_tokens(policy, device, claim.precision)
     long_enough = _reaches(query.shape[2], key.shape[2], minimum)
     if long_enough is False:
         lengths = f"{dynamo.hint(query.shape[2])} queries and {dynamo.hint(key.shape[2])} keys"
         return Refusal(f"{lengths}, min_tokens is {minimum}: sparse attention does not pay on short calls")
     choice = _choose(claim, policy)
-    unmeasured = ops.unmeasured(query.device, claim.dtype, claim.precision) if policy.min_tokens is None else None
+    unmeasured = ops.unmeasured(device, claim.dtype, claim.precision) if policy.min_tokens is None else None
     if unmeasured is not None:
         return Refusal(f"{unmeasured}; set min_tokens to the length from which it pays here")
-    unavailable = ops.unavailable(query.device)
+    unavailable = ops.unavailable(device, bool(claim.masks))
     if unavailable is not None:
         return Refusal(unavailable)
     heads, entries = query.shape[1], len(choice.thresholds)
@@ -100,12 +101,12 @@ def _reaches(q_len: Size, k_len: Size, minimum: int) -> bool | None:
     return None if None in answers else True
 
 
-def _check_sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Refusal | None:
+def _check_sizes(query: Operand, key: Operand, value: Operand, device: torch.device) -> Refusal | None:
     """Sizes the operator needs equal are equal, head dimensions are in range. Mostly known; else guarded on."""
     head_dim, value_dim = dynamo.specialize(query.shape[3]), dynamo.specialize(value.shape[3])
     if head_dim is None or value_dim is None:
         return Refusal("head_dim is not fixed")
-    reason = ops.check_static(head_dim, value_dim, torch.float32, query.device)
+    reason = ops.check_static(head_dim, value_dim, torch.float32, device)
     if reason is not None:
         return Refusal(reason)
     for what, left, right in (("query and key", query, key), ("query and value", query, value)):
@@ -117,4 +118,15 @@ def _check_sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         return Refusal(f"the numbers of keys and values differ ({key.shape[2]}, {value.shape[2]})")
     if dynamo.guard(query.shape[3] == key.shape[3]) is False:
         return Refusal(f"the head dimensions of query and key differ ({query.shape[3]}, {key.shape[3]})")
+    return None
+
+
+def _check_masks(claim: Claim) -> Refusal | None:
+    """Each size of each mask is the call's or 1. Mostly known; else guarded on."""
+    (batch, heads, q_len, _), k_len = claim.query.shape, claim.key.shape[2]
+    for mask in claim.masks:
+        for size, wanted in zip(mask.operand.shape, (batch, heads, q_len, k_len), strict=True):
+            if not dynamo.known(size == 1) and dynamo.guard(size == wanted) is not True:
+                shapes = f"{list(mask.operand.shape)}, wanted {[batch, heads, q_len, k_len]}"
+                return Refusal(f"the sizes of attn_mask are not known to be the call's or 1 ({shapes})")
     return None

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparge_compile.site import AttentionSite
+from sparge_compile import dynamo
+from sparge_compile.operands import Operand, aligned_right
+from sparge_compile.site import AttentionSite, Mask
 
 TARGETS = (
     F.scaled_dot_product_attention,
@@ -41,12 +43,30 @@ def bind(node: fx.Node) -> dict[str, Any] | str:
 
 def match(gm: fx.GraphModule) -> list[AttentionSite]:
     """Every scaled_dot_product_attention call."""
-    sites = []
-    for node in gm.graph.nodes:
-        if is_sdpa(node):
-            bound = bind(node)
-            if isinstance(bound, str):
-                sites.append(AttentionSite(node, "sdpa", unmatched=bound))
-            else:
-                sites.append(AttentionSite(node, "sdpa", **bound))
-    return sites
+    return [_site(node) for node in gm.graph.nodes if is_sdpa(node)]
+
+
+def _site(node: fx.Node) -> AttentionSite:
+    bound = bind(node)
+    if isinstance(bound, str):
+        return AttentionSite(node, "sdpa", unmatched=bound)
+    attn_mask = bound.pop("attn_mask")
+    operands = [_operand(tensor) for tensor in (*(bound.pop(name) for name in _PARAMETERS[:3]), node)]
+    mask = None if attn_mask is None else _operand(attn_mask)
+    if isinstance(mask, str):
+        return AttentionSite(node, "sdpa", unmatched=f"attn_mask: {mask}", **bound)
+    readable = [operand for operand in operands if isinstance(operand, Operand)]
+    if len(readable) < len(operands):
+        reason = next(operand for operand in operands if isinstance(operand, str))
+        return AttentionSite(node, "sdpa", unmatched=reason, **bound)
+    query, key, value, output = readable
+    masks = () if mask is None else (Mask(mask),)
+    return AttentionSite(node, "sdpa", query=query, key=key, value=value, output=output, masks=masks, **bound)
+
+
+def _operand(node: Any) -> Operand | str:
+    """A tensor of the call, its missing dimensions in front, or why it cannot be one."""
+    value = dynamo.example(node) if isinstance(node, fx.Node) else node
+    if not isinstance(value, torch.Tensor):
+        return f"{node} is not one tensor in the graph"
+    return aligned_right(node) or f"{node} has {value.dim()} dimensions; [batch, heads, tokens, head_dim] is supported"

@@ -35,8 +35,8 @@ def meanings(function, *args, **compile_options):
 
     def backend(gm, _):
         (site,) = find_sites(gm)
-        fakes = [x.meta["example_value"] for x in (site.query, site.key)]
-        said.append(mask_meaning(site.attn_mask, fakes[0].shape[2], fakes[1].shape[2], written_nodes(gm.graph)).kind)
+        (mask,), written = site.masks, written_nodes(gm.graph)
+        said.append(mask_meaning(mask, site.query.shape[2], site.key.shape[2], written).kind)
         return gm.forward
 
     compiled = torch.compile(function, backend=backend, **compile_options)

@@ -23,9 +23,35 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_a_mask_of_data_is_never_dropped(mask):
-    stays_dense(lambda q, k, v, m: SDPA(q, k, v, attn_mask=m), *qkv(), mask, reason="attn_mask")
+    is_rewritten(lambda q, k, v, m: SDPA(q, k, v, attn_mask=m), *qkv(), mask)
     torch._dynamo.reset()
-    stays_dense(lambda q, k, v, m: SDPA(q, k, v, m), *qkv(), mask, reason="attn_mask")
+    is_rewritten(lambda q, k, v, m: SDPA(q, k, v, m), *qkv(), mask)
+
+
+def test_a_mask_of_another_dtype_stays_dense_but_for_autocast():
+    mask = torch.randn(T, T)
+    inputs = qkv(dtype=torch.bfloat16)
+    stays_dense(lambda q, k, v, m: SDPA(q, k, v, m), *inputs, mask, reason="attn_mask is torch.float32")
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        is_rewritten(lambda q, k, v, m: SDPA(q, k, v, m), *qkv(), mask, tolerance={"rtol": 2e-2, "atol": 2e-2})
+
+
+def test_a_mask_and_is_causal_together_stay_dense():
+    with torch.no_grad():
+        try:
+            SDPA(*qkv(), MASKS["bool"], is_causal=True)
+        except (RuntimeError, ValueError):
+            pytest.skip("this torch refuses the call itself")
+    stays_dense(lambda q, k, v, m: SDPA(q, k, v, m, is_causal=True), *qkv(), MASKS["bool"], reason="together")
+
+
+@pytest.mark.parametrize("rank", [2, 3], ids=["2d", "3d"])
+@pytest.mark.parametrize("mask", [None, "bool"])
+def test_fewer_dimensions_are_rewritten(rank, mask):
+    inputs = [x[0] if rank == 3 else x[0, 0] for x in qkv()]
+    attn_mask = None if mask is None else MASKS[mask]
+    is_rewritten(lambda q, k, v: SDPA(q, k, v, attn_mask), *inputs)
 
 
 SCALES = {"float": 0.37, "int": 1, "negative": -0.5, "zero": 0.0, "huge": 30.0}
@@ -95,7 +121,6 @@ def test_grouped_heads_follow_repeat_interleave(heads):
 
 
 REFUSED = {
-    "3d": (lambda q, k, v: SDPA(q[0], k[0], v[0]), "3 dimensions"),
     "5d": (lambda q, k, v: SDPA(q[None], k[None], v[None]), "5 dimensions"),
     "batch-broadcast": (lambda q, k, v: SDPA(q, k[:1], v[:1]), "batch sizes"),
     "head-broadcast": (lambda q, k, v: SDPA(q, k[:, :1], v[:, :1]), "2 query heads over 1 key heads"),

@@ -117,21 +117,20 @@ def test_inputs_are_not_written_and_the_output_does_not_alias_them():
 
 
 def test_strict_raises_with_every_reason_and_dense_patterns_do_not():
-    q, k, v = qkv()
-    mask = torch.rand(T, T) > 0.5
+    inputs = qkv(dtype=torch.float64)
 
-    def masked(q, k, v, m):
-        return SDPA(q, k, v, attn_mask=m)
+    def precise(q, k, v):
+        return SDPA(q, k, v)
 
     strict = Policy(min_tokens=0, strict=True)
-    with pytest.raises(Exception, match=r"masked \(.*test_never_wrong_modes.py:\d+\): attn_mask") as error:
-        run(masked, q, k, v, mask, policy=strict)
+    with pytest.raises(Exception, match=r"precise \(.*test_never_wrong_modes.py:\d+\): dtype torch.float64") as error:
+        run(precise, *inputs, policy=strict)
     assert isinstance(getattr(error.value, "inner_exception", error.value), StrictPolicyError)
     torch._dynamo.reset()
-    _, backend = run(masked, q, k, v, mask, policy=Policy(min_tokens=0, strict=True, dense=("mask*",)))
-    assert "dense pattern 'mask*'" in backend.reason
+    _, backend = run(precise, *inputs, policy=Policy(min_tokens=0, strict=True, dense=("prec*",)))
+    assert "dense pattern 'prec*'" in backend.reason
     torch._dynamo.reset()
-    _, backend = run(masked, q, k, v, mask, policy=Policy(strict=True, enabled=False))
+    _, backend = run(precise, *inputs, policy=Policy(strict=True, enabled=False))
     assert "enabled=False" in backend.reason
 
 
