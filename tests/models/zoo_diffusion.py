@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from zoo_entry import Call, Dense, Entry, Rewritten, from_diffusers
+from zoo_entry import Call, Dense, Entry, Rewritten, from_diffusers, padding
 
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 32}
 
@@ -60,6 +60,14 @@ def _unet() -> Call:
 
 
 
+def _unet_eager() -> Call:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    call = _unet()
+    call.module.set_attn_processor(AttnProcessor())
+    return call
+
+
 def _sd3() -> Call:
     config = {
         **HEADS,
@@ -99,7 +107,7 @@ def _pixart() -> Call:
         config,
         hidden_states=torch.randn(1, 4, 32, 32),
         encoder_hidden_states=torch.randn(1, 80, 32),
-        encoder_attention_mask=(torch.arange(80) < 60).long()[None],
+        encoder_attention_mask=padding(60, to=80),
         timestep=torch.tensor([500]),
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
     )
@@ -137,16 +145,16 @@ def _lumina2() -> Call:
         "num_kv_heads": 2,
         "multiple_of": 16,
         "axes_dim_rope": (8, 12, 12),
-        "axes_lens": (100, 64, 64),
+        "axes_lens": (160, 64, 64),
         "cap_feat_dim": 32,
     }
     return from_diffusers(
         "Lumina2Transformer2DModel",
         config,
-        hidden_states=torch.randn(1, 4, 32, 32),
-        encoder_hidden_states=torch.randn(1, 40, 32),
-        encoder_attention_mask=torch.ones(1, 40, dtype=torch.long),
-        timestep=torch.tensor([0.5]),
+        hidden_states=torch.randn(2, 4, 24, 24),
+        encoder_hidden_states=torch.randn(2, 120, 32),
+        encoder_attention_mask=padding(120, 10, to=120),
+        timestep=torch.tensor([0.5, 0.5]),
     )
 
 
@@ -163,8 +171,8 @@ def _qwen_image() -> Call:
         "QwenImageTransformer2DModel",
         config,
         hidden_states=torch.randn(1, 256, 16),
-        encoder_hidden_states=torch.randn(1, 40, 32),
-        encoder_hidden_states_mask=(torch.arange(40) < 30).long()[None],
+        encoder_hidden_states=torch.randn(1, 120, 32),
+        encoder_hidden_states_mask=padding(20, to=120),
         timestep=torch.tensor([0.5]),
         img_shapes=[(1, 16, 16)],
     )
@@ -213,11 +221,12 @@ DIFFUSION = [
             for kind in ("attn1", "attn2")
         ),
     ),
+    Entry("unet-eager", _unet_eager, ()),
     Entry("sd3", _sd3, ()),
     Entry("pixart", _pixart, ()),
     Entry("sana", _sana, ()),
     Entry("lumina2", _lumina2, ()),
-    Entry("qwen-image", _qwen_image, ()),
+    Entry("qwen-image", _qwen_image, (), gain=2.5),
     Entry("stable-cascade", _stable_cascade, ()),
     Entry("autoencoder-kl", _autoencoder, ()),
 ]

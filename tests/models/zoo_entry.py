@@ -20,6 +20,8 @@ class Call(NamedTuple):
     def run(self, function: Callable[..., Any] | None = None) -> list[Tensor]:
         """The floating-point tensors the module returns, without caches; `function` runs in the module's place."""
         result = (self.module if function is None else function)(*self.args, **self.kwargs)
+        if isinstance(result, Tensor):
+            return [result]
         values = result.values() if isinstance(result, Mapping) else result
         return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
@@ -111,7 +113,28 @@ def _make_attention_matter(module: nn.Module, gain: float) -> None:
                 part.weight.normal_(std=size * part.weight[0].numel() ** -0.5)
             elif kind in _NORMS_OF_QUERIES_AND_KEYS:
                 part.weight.fill_(gain)
+            elif type(part).__name__ == "Conv1D":  # transformers' own: [in, out]
+                size = gain if kind in _QUERIES_AND_KEYS else 1.0
+                part.weight.normal_(std=size * part.weight.shape[0] ** -0.5)
+            else:
+                _fill_parameters(part, gain)
 
 
-_QUERIES_AND_KEYS = ("q_proj", "k_proj", "to_q", "to_k", "query", "key", "q", "k", "add_q_proj", "add_k_proj")
+def _fill_parameters(part: nn.Module, gain: float) -> None:
+    """Weights that a module of attention holds itself, and tables of positions, which start from zero."""
+    for name, weight in part.named_parameters(recurse=False):
+        if name == "in_proj_weight":  # [out, in]
+            weight.normal_(std=gain * weight.shape[1] ** -0.5)
+        elif name in _XLNET:  # [in, heads, head_dim]
+            weight.normal_(std=(gain if name in _QUERIES_AND_KEYS else 1.0) * weight.shape[0] ** -0.5)
+        elif name in _POSITIONS:
+            weight.normal_()
+
+
+_QUERIES_AND_KEYS = (
+    *("q_proj", "k_proj", "add_q_proj", "add_k_proj", "to_q", "to_k", "linear_q", "linear_k", "query", "key", "q", "k"),
+    *("query_key_value", "c_attn", "qkv", "Wqkv"),  # the values with them
+)
 _NORMS_OF_QUERIES_AND_KEYS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+_XLNET = ("q", "k", "v", "o", "r")
+_POSITIONS = ("relative_position_bias_table", "rel_pos_h", "rel_pos_w", "pos_bias_u", "pos_bias_v", "r_w_bias", "r_r_bias")

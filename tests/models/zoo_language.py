@@ -41,7 +41,7 @@ def _gemma3() -> Call:
 
 
 def _gpt2() -> Call:
-    config = {"vocab_size": 256, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    config = {"vocab_size": 256, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2}
     return from_transformers("GPT2LMHeadModel", {**config, "attn_implementation": "eager"}, input_ids=tokens(1, 300))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from zoo_entry import Call, Dense, Entry, Rewritten, from_diffusers
+from zoo_entry import Call, Dense, Entry, Rewritten, from_diffusers, padding
 
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 32}
 
@@ -72,8 +72,8 @@ def _hunyuan_video() -> Call:
         config,
         hidden_states=torch.randn(1, 4, 3, 20, 20),
         timestep=torch.tensor([500]),
-        encoder_hidden_states=torch.randn(1, 40, 32),
-        encoder_attention_mask=(torch.arange(40) < 30)[None],
+        encoder_hidden_states=torch.randn(1, 120, 32),
+        encoder_attention_mask=padding(20, to=120).bool(),
         pooled_projections=torch.randn(1, 32),
         guidance=torch.tensor([1000.0]),
     )
@@ -94,7 +94,7 @@ def _ltx_video() -> Call:
         hidden_states=torch.randn(1, 300, 16),
         encoder_hidden_states=torch.randn(1, 80, 32),
         timestep=torch.tensor([500]),
-        encoder_attention_mask=(torch.arange(80) < 60).long()[None],
+        encoder_attention_mask=padding(60, to=80),
         num_frames=3,
         height=10,
         width=10,
@@ -117,7 +117,7 @@ def _mochi() -> Call:
         hidden_states=torch.randn(1, 4, 3, 20, 20),
         encoder_hidden_states=torch.randn(1, 40, 32),
         timestep=torch.tensor([500]),
-        encoder_attention_mask=(torch.arange(40) < 30)[None],
+        encoder_attention_mask=padding(30, to=40).bool(),
     )
 
 

@@ -84,14 +84,16 @@ def _perceiver() -> Call:
 
 
 def _qwen2_vl() -> Call:
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
     config = {"depth": 2, "embed_dim": 128, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8}
     patches = 12 * 12 + 14 * 10
-    return from_transformers(
-        "Qwen2VisionTransformerPretrainedModel",
-        config,
-        hidden_states=torch.randn(patches, 3 * 2 * 8 * 8),
-        grid_thw=torch.tensor([[1, 12, 12], [1, 14, 10]]),
-    )
+    inputs = {
+        "hidden_states": torch.randn(patches, 3 * 2 * 8 * 8),
+        "grid_thw": torch.tensor([[1, 12, 12], [1, 14, 10]]),
+    }
+    return Call(Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**config)), (), inputs)
 
 
 VISION = [

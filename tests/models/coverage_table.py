@@ -1,0 +1,119 @@
+"""What `explain` finds in every model of the zoo, as the table of docs/coverage.md.
+
+python tests/models/coverage_table.py            print it
+python tests/models/coverage_table.py --write    and put it into docs/coverage.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from zoo import KINDS
+from zoo_entry import Entry
+
+import sparge_compile as sparge
+
+PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+POLICY = sparge.Policy(topk=1.0, min_tokens=0)
+LIBRARIES = ("torch", "transformers", "diffusers")
+
+_HEAD = ("model", "class", "kind", "found", "rewritten", "patterns", "dense, and why")
+_TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", re.DOTALL)
+_CAPTION = re.compile(r"(?<=<!-- caption -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+@functools.cache
+def explained(entry: Entry) -> sparge.Report:
+    """The report of the entry's one call."""
+    torch._dynamo.reset()
+    call = entry.call()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sparge.explain(call.module, *call.args, policy=POLICY, **call.kwargs)
+
+
+def table() -> str:
+    """All kinds and entries, and the reasons in full below."""
+    reasons: dict[str, str] = {}
+    lines = [_line(_HEAD), _line(["---"] * len(_HEAD))]
+    lines += [_line(_row(kind, entry, reasons)) for kind, entries in KINDS.items() for entry in entries]
+    lines.append(_line(_total()))
+    lines += ["", *(f"- ({letter}) {reason}" for reason, letter in reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
+def caption() -> str:
+    versions = ", ".join(f"{library} {_version(library)}" for library in LIBRARIES)
+    return f"{datetime.date.today().isoformat()}, {versions}.\n"
+
+
+def committed_table() -> str:
+    return _part(_TABLE)
+
+
+def committed_versions() -> dict[str, str]:
+    caption = _part(_CAPTION)
+    return {library: found[1] for library in LIBRARIES if (found := re.search(rf"{library} ([\w.]+\w)", caption))}
+
+
+def installed_versions() -> dict[str, str]:
+    return {library: _version(library) for library in LIBRARIES}
+
+
+def _part(pattern: re.Pattern[str]) -> str:
+    found = pattern.search(PAGE.read_text())
+    assert found is not None, f"{PAGE} has lost a marker"
+    return found[0]
+
+
+def _version(library: str) -> str:
+    return version(library).split("+")[0]
+
+
+def _row(kind: str, entry: Entry, reasons: dict[str, str]) -> Sequence[str]:
+    """`reasons` maps each reason met so far to its letter."""
+    report, module = explained(entry), type(entry.call().module)
+    dense = Counter(site.reason or "" for site in report.dense)
+    for reason in dense:
+        reasons.setdefault(reason, chr(ord("a") + len(reasons)))
+    why = ", ".join(f"{count} ({reasons[reason]})" for reason, count in dense.items())
+    patterns = ", ".join(sorted({site.pattern for site in report.sites}))
+    counts = (str(len(report.sites)), str(len(report.rewritten)))
+    return (entry.name, f"`{module.__module__.split('.')[0]}.{module.__name__}`", kind, *counts, patterns, why or "-")
+
+
+def _total() -> Sequence[str]:
+    reports = [explained(entry) for entries in KINDS.values() for entry in entries]
+    found, rewritten = (sum(len(sites) for sites in group) for group in _sites(reports))
+    return ("all", f"{len(reports)} models", "", str(found), str(rewritten), "", str(found - rewritten))
+
+
+def _sites(reports: Sequence[sparge.Report]) -> tuple[list[Sequence[sparge.SiteReport]], ...]:
+    return [report.sites for report in reports], [report.rewritten for report in reports]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    print(caption() + "\n" + table())
+    if options.write:
+        page = _CAPTION.sub(lambda _: caption(), PAGE.read_text())
+        PAGE.write_text(_TABLE.sub(lambda _: table(), page))
+
+
+if __name__ == "__main__":
+    main()
