@@ -14,6 +14,7 @@ from sparge_compile.backend import decide_sites
 from sparge_compile.markers import take_markers
 from sparge_compile.operands import with_four_dimensions
 from sparge_compile.policy import Policy
+from sparge_compile.rewrite import attn_mask
 from sparge_compile.search import Call
 from sparge_compile.site import Claim, Decision, Refusal
 from sparge_compile.site_names import module_named, split
@@ -96,7 +97,7 @@ def observing_backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Call
 def _look_on(graph: fx.Graph, decision: Decision) -> None:
     claim = decision.claim
 
-    def look_on(query: Tensor, key: Tensor, value: Tensor, dense: Tensor) -> None:
+    def look_on(query: Tensor, key: Tensor, value: Tensor, dense: Tensor, mask: Tensor | None) -> None:
         observer = _OBSERVER.get()
         if observer is None:
             return
@@ -108,16 +109,17 @@ def _look_on(graph: fx.Graph, decision: Decision) -> None:
             observer.refuse(site, f"fewer than min_tokens={decision.min_tokens} queries or keys")
             return
         with torch.autocast(query.device.type, enabled=False):
-            observer.saw(site, _call(claim, query, key, value, dense))
+            observer.saw(site, _call(claim, query, key, value, dense, mask))
 
     operands = (claim.query, claim.key, claim.value, claim.output)
     with graph.inserting_after(claim.site.node):
-        marker = graph.call_function(look_on)
-    with graph.inserting_before(marker):
-        marker.args = tuple(with_four_dimensions(graph, operand, operand.node) for operand in operands)
+        looks = graph.call_function(look_on)
+    with graph.inserting_before(looks):
+        tensors = [with_four_dimensions(graph, operand, operand.node) for operand in operands]
+        looks.args = (*tensors, attn_mask(graph, claim, lambda node: node))
 
 
-def _call(claim: Claim, query: Tensor, key: Tensor, value: Tensor, dense: Tensor) -> Call:
+def _call(claim: Claim, query: Tensor, key: Tensor, value: Tensor, dense: Tensor, mask: Tensor | None) -> Call:
     query, key, value = (x.to(claim.dtype) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if claim.scale is None else claim.scale
-    return Call(query, key, value, dense, claim.is_causal, scale, claim.precision)
+    return Call(query, key, value, dense, claim.is_causal, scale, claim.precision, mask)

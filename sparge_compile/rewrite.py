@@ -52,13 +52,13 @@ def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], 
         _cast(graph, with_four_dimensions(graph, operand, stands_for(operand.node)), claim.dtype)
         for operand in (claim.query, claim.key, claim.value)
     ]
-    attn_mask = {} if not claim.masks else {"attn_mask": _attn_mask(graph, claim, stands_for)}
+    mask = attn_mask(graph, claim, stands_for)
     numbers = {} if table is None else {"threshold_table": method(graph, stands_for(table), "view", torch.float64)}
     output = call(
         graph,
         torch.ops.sparge.attention.default,
         *inputs,
-        **attn_mask,
+        **({} if mask is None else {"attn_mask": mask}),
         **numbers,
         thresholds=pack(decision.thresholds),
         is_causal=claim.is_causal,
@@ -74,8 +74,8 @@ def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], 
     return as_in(graph, claim.output, output)
 
 
-def _attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    """The masks of a claim as one, four-dimensional, boolean if all of them are."""
+def attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node | None:
+    """New nodes that make the masks of a claim one, four-dimensional, boolean if all of them are; None for no mask."""
     attend, added = None, None
     for mask in claim.masks:
         one = with_four_dimensions(graph, mask.operand, stands_for(mask.operand.node))
@@ -87,9 +87,7 @@ def _attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx
         attend = one if attend is None else call(graph, torch.logical_and, attend, one)
     if attend is not None and added is not None:
         return call(graph, torch.where, attend, added, -math.inf)
-    found = added if attend is None else attend
-    assert found is not None
-    return found
+    return added if attend is None else attend
 
 
 def _cast(graph: fx.Graph, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:

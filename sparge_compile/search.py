@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparge_kernels.masks import additive_mask
 from sparge_kernels.predict import predict
 from sparge_kernels.quantize import quantize_rows, quantize_tiles
 from sparge_kernels.thresholds import K_TILE, Q_TILE, Thresholds
@@ -32,7 +33,10 @@ MARGIN = 0.9
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call as it ran: query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D / Dv], dense its output."""
+    """One attention call as it ran: query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D / Dv], dense its output.
+
+    attn_mask: bool or query's dtype, [B or 1, Hq or 1, Sq or 1, Sk or 1].
+    """
 
     query: Tensor
     key: Tensor
@@ -41,6 +45,15 @@ class Call:
     is_causal: bool
     scale: float
     precision: str
+    attn_mask: Tensor | None = None
+
+    def mask_of(self, batch: int, heads: slice) -> Tensor | None:
+        """The mask of some heads of a batch entry, to be added to the scores, fp32 [1, heads or 1, Sq, Sk]."""
+        if self.attn_mask is None:
+            return None
+        mask = additive_mask(self.attn_mask, torch.float32)
+        mask = mask.expand(self.query.shape[0], -1, self.query.shape[2], self.key.shape[2])[batch, None]
+        return mask if mask.shape[1] == 1 else mask[:, heads]
 
 
 @dataclass
@@ -106,9 +119,11 @@ def measure(call: Call, tried: Sequence[Thresholds], predictor: str, rows_at_a_t
             keys = _Keys(k, v, call.precision)
             q_heads = range(kv_head * group, (kv_head + 1) * group)
             q = call.query[batch, q_heads.start : q_heads.stop].float()
+            mask = call.mask_of(batch, slice(q_heads.start, q_heads.stop))
             options: dict[str, Any] = {
                 "is_causal": call.is_causal,
                 "scale": call.scale,
+                "mask": mask,
                 "predictor": predictor,
                 "q_tiles": tiles,
             }
@@ -118,11 +133,21 @@ def measure(call: Call, tried: Sequence[Thresholds], predictor: str, rows_at_a_t
                 visible = (prediction.whole[:, i] | prediction.partial[:, i]).sum()
                 sums.kept[head] += kept.sum((1, 2)).cpu()
                 sums.visible[head] += visible.cpu()
+                own = None if mask is None else mask[0, min(i, mask.shape[1] - 1)]
                 for number, tile in enumerate(tiles.tolist()):
+                    partial = prediction.partial[0, i, number]
+                    partial = partial[: _seen_tiles(partial | prediction.whole[0, i, number])]
                     for rows in _pieces(tile, q.shape[1], rows_at_a_time):
-                        output = _outputs(q[i, rows], keys, kept[:, number], rows.start, call)
+                        added = _added(call, own, rows, len(partial))
+                        output = _outputs(q[i, rows], keys, kept[:, number], partial, added, call.scale)
                         _add_rows(sums, head, output, call.dense[batch, head, rows])
     return sums
+
+
+def _seen_tiles(seen: Tensor) -> int:
+    """How many tiles there are up to the last that is seen, at least one."""
+    found = seen.nonzero()
+    return int(found[-1]) + 1 if len(found) else 1
 
 
 def compare(output: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,21 +174,19 @@ class _Keys:
         self.quantized = quantize_tiles(k) if precision == "int8" else None
         if self.quantized is not None:
             self.codes = self.quantized.codes * self.quantized.scale[:, None, None]
-            self.exact = self.quantized.exact.nonzero().flatten()
 
-    def scores(self, q: Tensor, count: int, exact_from: int, scale: float) -> Tensor:
-        """Scores of q [R, D] with the first `count` tiles, [R, count, 64]; those from `exact_from` on unquantized."""
+    def scores(self, q: Tensor, exact: Tensor, scale: float) -> Tensor:
+        """Scores of q [R, D] with the first tiles, as many as `exact` bool [n] has, [R, n, 64]; those unquantized."""
+        count = len(exact)
         raw = self.raw[:count]
         if self.quantized is None:
             return _product(q, raw) * scale
         rows = quantize_rows(q)
         scores = _product(rows.codes * rows.scale[:, None], self.codes[:count])
         scores += (q @ self.quantized.mean[:count].T)[..., None]
-        exact = self.exact[self.exact < count]
-        if len(exact):
-            scores[:, exact] = _product(q, raw[exact])
-        if exact_from < count:
-            scores[:, exact_from:] = _product(q, raw[exact_from:])
+        tiles = (exact | self.quantized.exact[:count]).nonzero().flatten()
+        if len(tiles):
+            scores[:, tiles] = _product(q, raw[tiles])
         if rows.exact.any():
             scores[rows.exact] = _product(q[rows.exact], raw)
         return scores * scale
@@ -173,28 +196,35 @@ def _product(q: Tensor, tiles: Tensor) -> Tensor:
     return (q @ tiles.flatten(0, 1).T).unflatten(1, tiles.shape[:2])
 
 
-def _outputs(q: Tensor, keys: _Keys, kept: Tensor, first_row: int, call: Call) -> Tensor:
+def _outputs(q: Tensor, keys: _Keys, kept: Tensor, partial: Tensor, added: Tensor, scale: float) -> Tensor:
     """The output of every candidate for rows q [R, D] of one query tile, [C, R, Dv]; kept [C, nK] bool.
 
-    `first_row` is the position of the first row.
+    partial: bool [n], which of the first n tiles are looked at key by key; the others behind them nobody sees.
+    added: [R, n * 64], to be added to the scores.
     """
-    count, exact_from = kept.shape[1], kept.shape[1]
-    if call.is_causal:
-        count = min(count, tile_count(first_row + len(q), K_TILE))
-        exact_from = min(count, first_row // Q_TILE * Q_TILE // K_TILE)
-    scores = keys.scores(q, count, exact_from, call.scale)
-    position = torch.arange(count * K_TILE, device=q.device).view(count, K_TILE)
-    hidden = (position >= keys.length)[None]
-    if call.is_causal:
-        hidden = hidden | (position > torch.arange(first_row, first_row + len(q), device=q.device)[:, None, None])
-    edge = min(exact_from, count - 1)  # tiles before it are seen whole
-    scores[:, edge:].masked_fill_(hidden[:, edge:], -torch.inf)
-    weights = scores.sub_(scores.amax((1, 2), keepdim=True)).exp_()  # [R, n, 64]
+    count = len(partial)
+    scores = keys.scores(q, partial, scale)
+    scores += added.unflatten(1, (count, K_TILE))
+    largest = scores.amax((1, 2), keepdim=True)
+    weights = scores.sub_(largest.masked_fill(largest == -torch.inf, 0)).exp_()  # [R, n, 64]
     parts = weights.transpose(0, 1) @ keys.values[:count]  # [n, R, Dv]
     chosen = kept[:, :count].to(weights.dtype)  # [C, n]
     numerators = (chosen @ parts.flatten(1)).unflatten(1, parts.shape[1:])
     mass = chosen @ weights.sum(-1).T  # [C, R]
     return numerators / mass.masked_fill(mass == 0, 1)[..., None]
+
+
+def _added(call: Call, mask: Tensor | None, rows: slice, count: int) -> Tensor:
+    """What is added to the scores of some rows with the first `count` tiles, [R, count * 64]: 0, -inf, a float mask."""
+    k_len = call.key.shape[2]
+    position = torch.arange(count * K_TILE, device=call.key.device)
+    if mask is not None:
+        own = mask[rows, : len(position)]
+        return torch.nn.functional.pad(own, (0, len(position) - own.shape[1]), value=-torch.inf)
+    hidden = (position >= k_len)[None]
+    if call.is_causal:
+        hidden = hidden | (position > torch.arange(rows.start, rows.stop, device=position.device)[:, None])
+    return torch.zeros(1, len(position), device=position.device).masked_fill(hidden, -torch.inf)
 
 
 def _pieces(tile: int, q_len: int, rows_at_a_time: int) -> list[slice]:

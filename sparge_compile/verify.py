@@ -83,16 +83,18 @@ class Verified:
 
     @staticmethod
     def _run(call: Call, heads: list[int], thresholds: list[Thresholds], predictor: str) -> list[Found]:
-        query, key, value, dense = call.query, call.key, call.value, call.dense
+        query, key, value, dense, mask = call.query, call.key, call.value, call.dense, call.attn_mask
         group = query.shape[1] // key.shape[1]
         if len(heads) < query.shape[1]:
             chosen = torch.tensor(heads, device=query.device)
             query, dense = query[:, chosen], dense[:, chosen]
             key, value = key[:, chosen // group], value[:, chosen // group]
+            mask = mask if mask is None or mask.shape[1] == 1 else mask[:, chosen]
         output, density, _ = torch.ops.sparge.attention_with_stats(
             query,
             key,
             value,
+            mask,
             thresholds=pack(thresholds),
             is_causal=call.is_causal,
             scale=call.scale,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparge_kernels.clusters import KeyClusters, cluster_keys, tile_weights
-from sparge_kernels.masks import causal_tiles, mask_tiles
+from sparge_kernels.masks import MaskTiles, causal_tiles, mask_tiles
 from sparge_kernels.thresholds import DEFAULT_PREDICTOR, K_TILE, Q_TILE, Thresholds
 from sparge_kernels.tiles import split_tiles, tile_lengths, tile_rows
 
@@ -167,12 +167,14 @@ def predict(
 
     shape = (q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
     if mask is not None:
-        tiles = mask_tiles(mask.expand(shape))
+        rows = mask.expand(shape)
+        tiles = mask_tiles(rows if q_tiles is None else rows[..., tile_rows(q_tiles, Q_TILE, shape[2]), :])
     else:
         tiles = causal_tiles(*shape[2:], is_causal, q.dtype, q.device)
+        if q_tiles is not None:
+            tiles = MaskTiles(*(x[q_tiles] for x in (tiles.hidden, tiles.partial, tiles.bias, tiles.biased)))
     hidden, partial, bias = (x.expand(*shape[:2], *x.shape[-2:]) for x in (tiles.hidden, tiles.partial, tiles.bias))
     if q_tiles is not None:
-        hidden, partial, bias = (x[..., q_tiles, :] for x in (hidden, partial, bias))
         q_means, q_similarity = q_means[..., q_tiles, :], q_similarity[..., q_tiles]
     whole = ~hidden & ~partial
     k_similarity, k_finite = (x.repeat_interleave(group, dim=1) for x in (k_similarity, k_finite))
