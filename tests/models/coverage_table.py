@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from zoo import KINDS
 from zoo_entry import Entry
+from zoo_watch import observed
 
 import sparge_compile as sparge
 
@@ -26,7 +27,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 POLICY = sparge.Policy(topk=1.0, min_tokens=0)
 LIBRARIES = ("torch", "transformers", "diffusers")
 
-_HEAD = ("model", "class", "kind", "found", "rewritten", "patterns", "dense, and why")
+_HEAD = ("model", "class", "kind", "attention calls", "found", "rewritten", "patterns", "dense, and why")
 _TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 _CAPTION = re.compile(r"(?<=<!-- caption -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
@@ -35,7 +36,7 @@ _CAPTION = re.compile(r"(?<=<!-- caption -->\n).*?(?=<!-- end -->)", re.DOTALL)
 def explained(entry: Entry) -> sparge.Report:
     """The report of the entry's one call."""
     torch._dynamo.reset()
-    call = entry.call()
+    call, _, _ = observed(entry)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return sparge.explain(call.module, *call.args, policy=POLICY, **call.kwargs)
@@ -81,24 +82,22 @@ def _version(library: str) -> str:
 
 def _row(kind: str, entry: Entry, reasons: dict[str, str]) -> Sequence[str]:
     """`reasons` maps each reason met so far to its letter."""
-    report, module = explained(entry), type(entry.call().module)
+    report, (call, _, calls) = explained(entry), observed(entry)
+    module = type(call.module)
     dense = Counter(site.reason or "" for site in report.dense)
     for reason in dense:
         reasons.setdefault(reason, chr(ord("a") + len(reasons)))
     why = ", ".join(f"{count} ({reasons[reason]})" for reason, count in dense.items())
     patterns = ", ".join(sorted({site.pattern for site in report.sites}))
-    counts = (str(len(report.sites)), str(len(report.rewritten)))
+    counts = (str(len(calls)), str(len(report.sites)), str(len(report.rewritten)))
     return (entry.name, f"`{module.__module__.split('.')[0]}.{module.__name__}`", kind, *counts, patterns, why or "-")
 
 
 def _total() -> Sequence[str]:
-    reports = [explained(entry) for entries in KINDS.values() for entry in entries]
-    found, rewritten = (sum(len(sites) for sites in group) for group in _sites(reports))
-    return ("all", f"{len(reports)} models", "", str(found), str(rewritten), "", str(found - rewritten))
-
-
-def _sites(reports: Sequence[sparge.Report]) -> tuple[list[Sequence[sparge.SiteReport]], ...]:
-    return [report.sites for report in reports], [report.rewritten for report in reports]
+    entries = [entry for kind in KINDS.values() for entry in kind]
+    calls = sum(len(observed(entry)[2]) for entry in entries)
+    found, rewritten = (sum(len(getattr(explained(e), kind)) for e in entries) for kind in ("sites", "rewritten"))
+    return ("all", f"{len(entries)} calls", "", str(calls), str(found), str(rewritten), "", str(found - rewritten))
 
 
 def _line(cells: Sequence[str]) -> str:

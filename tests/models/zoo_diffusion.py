@@ -59,7 +59,6 @@ def _unet() -> Call:
     return Call(model, (), inputs)
 
 
-
 def _unet_eager() -> Call:
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -151,7 +150,7 @@ def _lumina2() -> Call:
     return from_diffusers(
         "Lumina2Transformer2DModel",
         config,
-        hidden_states=torch.randn(2, 4, 24, 24),
+        hidden_states=torch.randn(2, 4, 20, 20),
         encoder_hidden_states=torch.randn(2, 120, 32),
         encoder_attention_mask=padding(120, 10, to=120),
         timestep=torch.tensor([0.5, 0.5]),
@@ -210,23 +209,22 @@ def _autoencoder() -> Call:
     return from_diffusers("AutoencoderKL", {**config, **blocks}, sample=torch.randn(1, 3, 32, 32))
 
 
+HAND = "attention written out"
+_UNET = tuple(
+    f"{block}.attentions.{number}.transformer_blocks.0.attn?"
+    for block, number in (("down_blocks.0", 0), ("mid_block", 0), ("up_blocks.0", 0), ("up_blocks.0", 1))
+)
+
 DIFFUSION = [
     Entry("flux", _flux, (Rewritten("transformer_blocks.0.attn", 1), Rewritten("single_transformer_blocks.?.attn", 2))),
-    Entry(
-        "unet",
-        _unet,
-        tuple(
-            Rewritten(f"{block}.attentions.*.transformer_blocks.0.{kind}", count)
-            for block, count in (("down_blocks.0", 1), ("mid_block", 1), ("up_blocks.0", 2))
-            for kind in ("attn1", "attn2")
-        ),
-    ),
-    Entry("unet-eager", _unet_eager, ()),
-    Entry("sd3", _sd3, ()),
-    Entry("pixart", _pixart, ()),
-    Entry("sana", _sana, ()),
-    Entry("lumina2", _lumina2, ()),
-    Entry("qwen-image", _qwen_image, (), gain=2.5),
-    Entry("stable-cascade", _stable_cascade, ()),
-    Entry("autoencoder-kl", _autoencoder, ()),
+    Entry("unet", _unet, tuple(Rewritten(sites, 2) for sites in _UNET)),
+    Entry("unet-eager", _unet_eager, tuple(Dense(sites, 2, HAND, "softmax") for sites in _UNET)),
+    Entry("sd3", _sd3, (Rewritten("transformer_blocks.?.attn", 2), Rewritten("transformer_blocks.0.attn2", 1))),
+    Entry("pixart", _pixart, (Rewritten("transformer_blocks.?.attn1", 2), Rewritten("transformer_blocks.?.attn2", 2))),
+    # Its self-attention is linear: no softmax, no map of scores.
+    Entry("sana", _sana, (Rewritten("transformer_blocks.?.attn2", 2),)),
+    Entry("lumina2", _lumina2, (Rewritten("*_refiner.0.attn", 2), Rewritten("layers.?.attn", 2))),
+    Entry("qwen-image", _qwen_image, (Rewritten("transformer_blocks.?.attn", 2),), gain=2.5),
+    Entry("stable-cascade", _stable_cascade, (Rewritten("*_blocks.?.2.attention", 4),)),
+    Entry("autoencoder-kl", _autoencoder, (Rewritten("*coder.mid_block.attentions.0", 2),)),
 ]

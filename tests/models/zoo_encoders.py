@@ -55,10 +55,10 @@ def _longformer() -> Call:
     return _encoder("LongformerModel", attention_window=64, pad_token_id=1)
 
 
-def _t5(**fields: Any) -> Call:
+def _t5() -> Call:
     config = {"vocab_size": 256, "d_model": 128, "d_kv": 32, "d_ff": 192, "num_layers": 2, "num_decoder_layers": 2}
     inputs = {"input_ids": tokens(1, 300), "decoder_input_ids": tokens(1, 200)}
-    return from_transformers("T5Model", {**config, "num_heads": 4, **fields}, **inputs)
+    return from_transformers("T5Model", {**config, "num_heads": 4}, **inputs)
 
 
 def _bart() -> Call:
@@ -67,20 +67,37 @@ def _bart() -> Call:
     return from_transformers("BartModel", config, input_ids=tokens(1, 300), decoder_input_ids=tokens(1, 200))
 
 
-_BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 192}
+_BART = {"layers": 1, "attention_heads": 4, "ffn_dim": 192}
 
+
+HAND = "attention written out"
+_BERT = "encoder.layer.?.attention.self"
+_T5 = (
+    Rewritten("encoder.block.?.layer.0.SelfAttention", 2),
+    Rewritten("decoder.block.?.layer.0.SelfAttention", 2),
+    Rewritten("decoder.block.?.layer.1.EncDecAttention", 2),
+)
 
 ENCODERS = [
-    Entry("bert", _bert, (Rewritten("encoder.layer.?.attention.self", 2),)),
-    Entry("bert-padded", _bert_with_padding, ()),
-    Entry("bert-eager", _bert_eager, ()),
-    Entry("modernbert", _modernbert, ()),
-    Entry("deberta-v2", _deberta, ()),
-    Entry("mpnet", _mpnet, ()),
-    Entry("xlnet", _xlnet, ()),
-    Entry("longformer", _longformer, ()),
-    # T5 adds a learned position bias to the scores of self-attention: a mask that depends on weights.
-    Entry("t5", _t5, (), gain=1.5 * 32**-0.25),  # T5 does not divide its scores by sqrt(head_dim)
-    Entry("t5-eager", lambda: _t5(attn_implementation="eager"), (), gain=1.5 * 32**-0.25),
-    Entry("bart", _bart, ()),
+    Entry("bert", _bert, (Rewritten(_BERT, 2),)),
+    Entry("bert-padded", _bert_with_padding, (Rewritten(_BERT, 2),)),
+    Entry("bert-eager", _bert_eager, (Dense(_BERT, 2, HAND, "softmax"),)),
+    Entry("modernbert", _modernbert, (Rewritten("layers.?.attn", 2),)),
+    # Scores of content with positions, gathered for each query, are added.
+    Entry("deberta-v2", _deberta, (Dense(_BERT, 2, HAND, "softmax"),)),
+    Entry("mpnet", _mpnet, (Dense("encoder.layer.?.attention.attn", 2, HAND, "softmax"),)),
+    Entry("xlnet", _xlnet, (Dense("layer.?.rel_attn", 2, HAND, "softmax"),)),
+    # Its scores are chunks of a band, cut out of overlapping products and written in place into another tensor.
+    Entry("longformer", _longformer, (), unlisted=2),
+    # A learned position bias, a mask of floats, is added to the scores of self-attention.
+    Entry("t5", _t5, _T5, gain=1.5 * 32**-0.25),  # T5 does not divide its scores by sqrt(head_dim)
+    Entry(
+        "bart",
+        _bart,
+        (
+            Rewritten("encoder.layers.?.self_attn", 1),
+            Rewritten("decoder.layers.?.self_attn", 1, is_causal=True),
+            Rewritten("decoder.layers.?.encoder_attn", 1),
+        ),
+    ),
 ]

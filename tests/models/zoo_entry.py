@@ -65,6 +65,7 @@ class Rewritten(NamedTuple):
     sites: str
     count: int
     is_causal: bool = False
+    pattern: str = "sdpa"
 
 
 class Dense(NamedTuple):
@@ -73,6 +74,7 @@ class Dense(NamedTuple):
     sites: str
     count: int
     reason: str
+    pattern: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Entry:
         name: of the test.
         build: makes the model and its input; `call` fixes the seed.
         found: the calls; each belongs to exactly one pattern.
+        unlisted: how many softmaxes over a map of scores the report does not list.
         gain: of the queries and the keys. 1.5 gives scores a standard deviation of about 2: a row of the softmax is
             neither uniform nor one-hot.
     """
@@ -91,6 +94,7 @@ class Entry:
     build: Callable[[], Call]
     found: tuple[Rewritten | Dense, ...]
     gain: float = 1.5
+    unlisted: int = 0
 
     def call(self) -> Call:
         """The model in eval mode with random weights, and its input. The same every time."""
@@ -137,4 +141,12 @@ _QUERIES_AND_KEYS = (
 )
 _NORMS_OF_QUERIES_AND_KEYS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 _XLNET = ("q", "k", "v", "o", "r")
-_POSITIONS = ("relative_position_bias_table", "rel_pos_h", "rel_pos_w", "pos_bias_u", "pos_bias_v", "r_w_bias", "r_r_bias")
+_POSITIONS = (
+    "relative_position_bias_table",
+    "rel_pos_h",
+    "rel_pos_w",
+    "pos_bias_u",
+    "pos_bias_v",
+    "r_w_bias",
+    "r_r_bias",
+)

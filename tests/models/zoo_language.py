@@ -6,8 +6,7 @@ from typing import Any
 
 from zoo_entry import SMALL, Call, Dense, Entry, Rewritten, from_transformers, padding, tokens
 
-DATA = "the mask depends on data"
-WINDOW = "a sliding window"
+HAND = "attention written out"
 
 
 def llama(length: int = 300, **options: Any) -> Call:
@@ -41,7 +40,15 @@ def _gemma3() -> Call:
 
 
 def _gpt2() -> Call:
-    config = {"vocab_size": 256, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2}
+    config = {
+        "vocab_size": 256,
+        "n_embd": 128,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return from_transformers("GPT2LMHeadModel", {**config, "attn_implementation": "eager"}, input_ids=tokens(1, 300))
 
 
@@ -63,7 +70,13 @@ def _gpt_oss() -> Call:
 
 def _deepseek() -> Call:
     heads = {"q_lora_rank": 48, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 24}
-    experts = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    experts = {
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    }
     config = {**SMALL, "max_position_embeddings": 512, "moe_intermediate_size": 64, **heads, **experts}
     return from_transformers("DeepseekV3ForCausalLM", config, input_ids=tokens(1, 300))
 
@@ -72,17 +85,26 @@ def _qwen3_moe() -> Call:
     return _decoder("Qwen3MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
 
 
+_LAYERS = "model.layers.?.self_attn"
+
 LANGUAGE = [
-    Entry("llama", llama, (Rewritten("model.layers.?.self_attn", 2, is_causal=True),)),
-    Entry("llama-padded", _llama_with_padding, (Dense("model.layers.?.self_attn", 2, DATA),)),
-    Entry("llama-eager", lambda: llama(attn_implementation="eager"), ()),
-    Entry("mistral", _mistral, ()),
-    Entry("gemma2", _gemma2, ()),
-    Entry("gemma3", _gemma3, ()),
-    Entry("gpt2-eager", _gpt2, ()),
-    Entry("bloom", _bloom, ()),
-    Entry("falcon", _falcon, ()),
-    Entry("gpt-oss", _gpt_oss, ()),
-    Entry("deepseek-v3", _deepseek, ()),
-    Entry("qwen3-moe", _qwen3_moe, ()),
+    Entry("llama", llama, (Rewritten(_LAYERS, 2, is_causal=True),)),
+    Entry("llama-padded", _llama_with_padding, (Rewritten(_LAYERS, 2),)),
+    Entry("llama-eager", lambda: llama(attn_implementation="eager"), (Dense(_LAYERS, 2, HAND, "softmax"),)),
+    Entry("mistral", _mistral, (Rewritten(_LAYERS, 2),)),
+    # The scores go through tanh before the softmax.
+    Entry("gemma2", _gemma2, (Dense(_LAYERS, 2, HAND, "softmax"),)),
+    Entry(
+        "gemma3",
+        _gemma3,
+        (Rewritten("model.layers.[02].self_attn", 2), Rewritten("model.layers.[13].self_attn", 2, is_causal=True)),
+    ),
+    Entry("gpt2-eager", _gpt2, (Dense("transformer.h.?.attn", 2, HAND, "softmax"),)),
+    Entry("bloom", _bloom, (Dense("transformer.h.?.self_attention", 2, HAND, "softmax"),)),
+    # One key head is broadcast over the query heads by the call itself.
+    Entry("falcon", _falcon, (Dense("transformer.h.?.self_attention", 2, "4 query heads over 1 key heads"),)),
+    # A learned sink takes a share of every softmax.
+    Entry("gpt-oss", _gpt_oss, (Dense(_LAYERS, 2, HAND, "softmax"),)),
+    Entry("deepseek-v3", _deepseek, (Rewritten(_LAYERS, 2, is_causal=True),)),
+    Entry("qwen3-moe", _qwen3_moe, (Rewritten(_LAYERS, 2, is_causal=True),)),
 ]

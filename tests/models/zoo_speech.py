@@ -35,7 +35,7 @@ def _whisper(**fields: Any) -> Call:
     return from_transformers("WhisperModel", {**config, **sizes, **fields}, **inputs)
 
 
-_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 192}
+_SIDE = {"layers": 1, "attention_heads": 4, "ffn_dim": 192}
 
 
 def _wave(model: str, **fields: Any) -> Call:
@@ -62,11 +62,38 @@ def _speecht5() -> Call:
     return from_transformers("SpeechT5ForSpeechToText", config, **inputs)
 
 
+HAND = "attention written out"
+
 SPEECH = [
-    Entry("whisper", _whisper, ()),
-    Entry("whisper-eager", lambda: _whisper(attn_implementation="eager"), ()),
-    Entry("wav2vec2", _wav2vec2, ()),
-    Entry("wavlm", _wavlm, ()),
-    Entry("wav2vec2-conformer", _conformer, ()),
-    Entry("speecht5", _speecht5, ()),
+    Entry(
+        "whisper",
+        _whisper,
+        (
+            Rewritten("encoder.layers.?.self_attn", 1),
+            Rewritten("decoder.layers.?.self_attn", 1, is_causal=True),
+            Rewritten("decoder.layers.?.encoder_attn", 1),
+        ),
+    ),
+    Entry(
+        "whisper-eager",
+        lambda: _whisper(attn_implementation="eager"),
+        (
+            Dense("encoder.layers.?.self_attn", 1, HAND, "softmax"),
+            Dense("decoder.layers.?.self_attn", 1, HAND, "softmax"),
+            Dense("decoder.layers.?.encoder_attn", 1, HAND, "softmax"),
+        ),
+    ),
+    Entry("wav2vec2", _wav2vec2, (Rewritten("encoder.layers.?.attention", 2),)),
+    # Each query's own gate weighs a learned position bias.
+    Entry("wavlm", _wavlm, (Dense("encoder.layers.?.attention", 2, "nn.MultiheadAttention", "mha"),)),
+    Entry("wav2vec2-conformer", _conformer, (Rewritten("encoder.layers.?.self_attn", 2),)),
+    Entry(
+        "speecht5",
+        _speecht5,
+        (
+            Dense("speecht5.encoder.wrapped_encoder.layers.?.attention", 1, HAND, "softmax"),
+            Dense("speecht5.decoder.wrapped_decoder.layers.?.self_attn", 1, HAND, "softmax"),
+            Dense("speecht5.decoder.wrapped_decoder.layers.?.encoder_attn", 1, HAND, "softmax"),
+        ),
+    ),
 ]

@@ -173,9 +173,25 @@ def _stable_audio() -> Call:
 VIDEO = [
     Entry("wan", _wan, (Rewritten("blocks.?.attn1", 2), Rewritten("blocks.?.attn2", 2))),
     Entry("cogvideox", _cogvideox, (Rewritten("transformer_blocks.?.attn1", 2),), gain=2.5),
-    Entry("hunyuan-video", _hunyuan_video, ()),
-    Entry("ltx-video", _ltx_video, ()),
-    Entry("mochi", _mochi, ()),
-    Entry("latte", _latte, ()),
-    Entry("stable-audio", _stable_audio, ()),
+    Entry(
+        "hunyuan-video",
+        _hunyuan_video,
+        (
+            Rewritten("context_embedder.token_refiner.refiner_blocks.0.attn", 1),
+            Rewritten("*transformer_blocks.0.attn", 2),
+        ),
+    ),
+    Entry("ltx-video", _ltx_video, (Rewritten("transformer_blocks.?.attn1", 2), Rewritten("*.attn2", 2))),
+    # It picks each prompt's valid tokens by torch.nonzero, whose size is data: TorchDynamo breaks the graph there.
+    Entry(
+        "mochi",
+        _mochi,
+        (Rewritten("time_embed.pooler", 1), Dense("transformer_blocks.?.attn1", 2, "outside every compiled graph")),
+    ),
+    Entry(
+        "latte",
+        _latte,
+        (Rewritten("transformer_blocks.0.attn?", 2), Rewritten("temporal_transformer_blocks.0.attn1", 1)),
+    ),
+    Entry("stable-audio", _stable_audio, (Rewritten("transformer_blocks.?.attn?", 4),)),
 ]

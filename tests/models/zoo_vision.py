@@ -63,7 +63,7 @@ def _siglip() -> Call:
 def _detr() -> Call:
     from transformers import ResNetConfig
 
-    sizes = {"layers": 2, "attention_heads": 4, "ffn_dim": 192}
+    sizes = {"layers": 1, "attention_heads": 4, "ffn_dim": 192}
     backbone = ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", out_features=["stage2"]
     )
@@ -96,17 +96,54 @@ def _qwen2_vl() -> Call:
     return Call(Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**config)), (), inputs)
 
 
+HAND = "attention written out"
+
 VISION = [
     Entry("vit", _vit, (Rewritten("layers.?.attention", 2),)),
-    Entry("vit-eager", lambda: _vit(1, attn_implementation="eager"), ()),
-    Entry("beit", _beit, ()),
-    Entry("swin", _swin, ()),
-    Entry("segformer", _segformer, ()),
-    Entry("sam", _sam, ()),
-    Entry("clip", _clip, ()),
-    Entry("siglip", _siglip, ()),
-    Entry("detr", _detr, ()),
-    Entry("timesformer", _timesformer, ()),
-    Entry("perceiver", _perceiver, ()),
-    Entry("qwen2-vl", _qwen2_vl, ()),
+    Entry(
+        "vit-eager", lambda: _vit(1, attn_implementation="eager"), (Dense("layers.?.attention", 2, HAND, "softmax"),)
+    ),
+    Entry("beit", _beit, (Rewritten("layers.?.attention", 2),)),
+    Entry("swin", _swin, (Rewritten("encoder.layers.0.blocks.?.attention", 2),)),
+    Entry("segformer", _segformer, (Rewritten("stages.?.blocks.0.attention", 2),)),
+    Entry("sam", _sam, (Rewritten("vision_encoder.layers.?.attn", 2),)),
+    Entry(
+        "clip",
+        _clip,
+        (
+            Rewritten("vision_model.encoder.layers.?.self_attn", 2),
+            Rewritten("text_model.encoder.layers.?.self_attn", 2, is_causal=True),
+        ),
+    ),
+    Entry(
+        "siglip",
+        _siglip,
+        (Rewritten("encoder.layers.?.self_attn", 2), Dense("head.attention", 1, "nn.MultiheadAttention", "mha")),
+    ),
+    Entry(
+        "detr",
+        _detr,
+        (
+            Rewritten("encoder.layers.?.self_attn", 1),
+            Rewritten("decoder.layers.?.self_attn", 1),
+            Rewritten("decoder.layers.?.encoder_attn", 1),
+        ),
+    ),
+    Entry(
+        "timesformer",
+        _timesformer,
+        (
+            Dense("encoder.layer.?.temporal_attention.attention", 2, HAND, "softmax"),
+            Dense("encoder.layer.?.attention.attention", 2, HAND, "softmax"),
+        ),
+    ),
+    Entry(
+        "perceiver",
+        _perceiver,
+        (
+            Dense("encoder.cross_attention.attention.self", 1, HAND, "softmax"),
+            Dense("encoder.self_attends.?.attention.self", 2, HAND, "softmax"),
+        ),
+    ),
+    Entry("qwen2-vl", _qwen2_vl, (Rewritten("blocks.?.attn:[12]", 4),)),  # a call for each of two images
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from zoo_entry import Call
+from zoo_entry import Call, Entry
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ def eager(call: Call, instead: dict[str, Callable[..., Any]] | None = None) -> t
     """(the outputs, the attention calls on the way there)."""
     with torch.no_grad(), WatchAttention(instead or {}) as watch:
         return call.run(), watch.calls
+
+
+@functools.cache
+def observed(entry: Entry) -> tuple[Call, list[Tensor], list[EagerCall]]:
+    """The entry's call, and its outputs and attention calls in eager mode."""
+    call = entry.call()
+    return call, *eager(call)
 
 
 def _read(function: Any, args: Any, kwargs: Any) -> EagerCall | None:
