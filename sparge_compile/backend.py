@@ -89,6 +89,8 @@ def decide_sites(
         return policy, []
     if dynamo.is_compiling_frame():
         context.guard_on_policy_in_force(base)
+        if policy.enabled:
+            context.guard_on_attention_kernels()
         _warn_before_recompile_limit()
         _check_profile(policy)
     return policy, list(zip(sites, _decide_all(gm, sites, policy, markers), strict=True))
@@ -109,7 +111,7 @@ def _decide_all(
 ) -> list[Decision | Refusal]:
     if not policy.enabled:
         return [Refusal("rewriting is off (enabled=False)", requested=True) for _ in sites]
-    blocked = blocker(gm.graph)
+    blocked = context.kernel_asked_for() or blocker(gm.graph)
     if blocked is not None:
         return [Refusal(blocked) for _ in sites]
     written = written_nodes(gm.graph)

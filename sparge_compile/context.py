@@ -2,8 +2,9 @@
 
 The policy in force is the compile's own (its `options`) changed by every `rewriting` context around the call,
 outermost first. Contexts live in a ContextVar, so threads and asyncio tasks never see each other's. A compiled graph
-that holds attention carries one guard: `STATE.base_<digest>.token`, the text of the policy in force for its compile.
-Equal policies give equal texts, so they share one compiled variant however they were written.
+that holds attention carries a guard on `STATE.base_<digest>.token`, the text of the policy in force for its compile.
+Equal policies give equal texts, so they share one compiled variant however they were written. A second guard is on
+`STATE.attention_kernels`, the kernels that torch may use: in an `sdpa_kernel` region the user asked for one of those.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar, cast
+
+import torch
 
 from sparge_compile import dynamo
 from sparge_compile.policy import Policy, replace
@@ -74,6 +77,20 @@ class _Base:
 class _State:
     """Holds one `base_<digest>` attribute for each distinct policy that something was compiled with."""
 
+    @property
+    def attention_kernels(self) -> str:
+        """The kernels that scaled_dot_product_attention may use now; an empty text for all, with which torch starts."""
+        cuda = torch.backends.cuda  # the settings hold for CPUs too
+        if (
+            cuda.flash_sdp_enabled()
+            and cuda.mem_efficient_sdp_enabled()
+            and cuda.math_sdp_enabled()
+            and cuda.cudnn_sdp_enabled()
+        ):
+            return ""  # this runs on every call of compiled code
+        names = ("flash", "mem_efficient", "math", "cudnn")
+        return ", ".join(name for name in names if getattr(cuda, f"{name}_sdp_enabled")()) or "none"
+
 
 STATE = _State()
 
@@ -85,6 +102,22 @@ def guard_on_policy_in_force(base: Policy) -> None:
     if not hasattr(STATE, name):
         setattr(STATE, name, _Base(base))
     dynamo.install_attribute_guard(__name__, "STATE", name, "token")
+
+
+def guard_on_attention_kernels() -> None:
+    """Makes the graph being compiled valid only while torch may use the attention kernels that it may use now."""
+    dynamo.install_attribute_guard(__name__, "STATE", "attention_kernels")
+
+
+def kernel_asked_for() -> str | None:
+    """Why attention called here must stay with torch's kernels, or None."""
+    allowed = STATE.attention_kernels
+    if not allowed:
+        return None
+    return (
+        f"torch.nn.attention.sdpa_kernel or torch.backends.cuda.enable_..._sdp allows only these kernels: {allowed}; "
+        "calls are rewritten where all are allowed"
+    )
 
 
 class rewriting:

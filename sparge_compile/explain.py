@@ -3,7 +3,8 @@
 The model is traced as `torch.compile(model, backend="sparge")` would trace it (with the default `dynamic`) and run on
 the rewritten graphs, without Inductor: what is reported is what the compile does, sooner. A graph reports its sites
 when it runs, so graphs that are shared or were compiled before report too. Calls that ran eagerly, outside every
-compiled graph, are seen by a profiling hook that watches Python call the attention function.
+compiled graph, are seen by a profiling hook that watches Python call torch's attention functions; a softmax out there
+is noted, since it may be attention written out by hand.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class _Collector(Watcher):
                 site = replace(site, thresholds=tuple(asdict(entry) for entry in attached))
             self.sites[name, site.source] = replace(site, name=name)
 
-    def ran_outside(self, name: str, source: str) -> None:
-        self.sites[name, source] = SiteReport(name, rewritten=False, reason=OUTSIDE, source=source)
+    def ran_outside(self, name: str, source: str, pattern: str) -> None:
+        self.sites[name, source] = SiteReport(name, rewritten=False, reason=OUTSIDE, source=source, pattern=pattern)
 
 
 _COLLECTOR: ContextVar[_Collector | None] = ContextVar("sparge_explain", default=None)

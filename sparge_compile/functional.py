@@ -79,7 +79,8 @@ def attention(
         attn_mask, dropout_p, is_causal, scale, enable_gqa: as there. Causal is aligned top-left.
         policy: thresholds and limits; None is `Policy()`. `rewriting` contexts select policies for compiled models
             and do not reach this function. `dense` and `profile` name sites, so they have no effect here, and
-            `min_tokens=None` is no minimum: the call asked for this kernel.
+            `min_tokens=None` is no minimum: the call asked for this kernel. So it does in a region of
+            `torch.nn.attention.sdpa_kernel`, which chooses among torch's kernels for what is done densely.
         return_stats: also return `AttentionStats`.
         **fields: policy fields to change.
 

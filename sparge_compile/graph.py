@@ -93,9 +93,15 @@ def reshaped_in_place(node: fx.Node) -> bool:
 
 
 # Nodes between which attention does not have its plain meaning: a kernel the user chose, or a functorch transform.
+_CHOSEN_KERNEL = "the model chooses an attention kernel itself with torch.nn.attention.sdpa_kernel"
+_SWITCHED_KERNEL = "the model switches attention kernels itself with torch.backends.cuda.enable_..._sdp"
 _BLOCKERS = {
-    "_sdpa_kernel": "the model chooses an attention kernel itself with torch.nn.attention.sdpa_kernel",
-    "_sdpa_kernel_variadic": "the model chooses an attention kernel itself with torch.nn.attention.sdpa_kernel",
+    "_sdpa_kernel": _CHOSEN_KERNEL,
+    "_sdpa_kernel_variadic": _CHOSEN_KERNEL,
+    "enable_flash_sdp": _SWITCHED_KERNEL,
+    "enable_mem_efficient_sdp": _SWITCHED_KERNEL,
+    "enable_math_sdp": _SWITCHED_KERNEL,
+    "enable_cudnn_sdp": _SWITCHED_KERNEL,
     "_vmap_increment_nesting": "the graph is inside torch.vmap",
     "_grad_increment_nesting": "the graph computes gradients with torch.func",
     "_jvp_increment_nesting": "the graph computes gradients with torch.func",

@@ -41,7 +41,7 @@ class Observer(Watcher):
         model = self.target
         return isinstance(model, nn.Module) and module_named(model, split(site)[0]) is None
 
-    def ran_outside(self, name: str, source: str) -> None:
+    def ran_outside(self, name: str, source: str, pattern: str) -> None:
         self.refuse(name, f"{OUTSIDE} ({source})")
 
     def run(self, model: Callable[..., Any], batch: Any) -> None:

@@ -28,6 +28,7 @@ class SiteReport:
             are texts such as `s27` where they are dynamic.
         dtype: of the output, as `bfloat16`.
         is_causal: as computed, a recognised causal mask included.
+        masked: a mask is given to the kernel, or to the dense call; one that is recognised as causal or open is not.
         thresholds: one mapping for all heads, or one per head; empty if dense.
         pattern: `sdpa`, `mha`, `softmax`, `opaque`, `not_attention`.
         source: `file:line` in user code.
@@ -53,6 +54,7 @@ class SiteReport:
     head_dim: int | None = None
     dtype: str | None = None
     is_causal: bool | None = None
+    masked: bool | None = None
     thresholds: tuple[dict[str, float | None], ...] = ()
     pattern: str = "sdpa"
     source: str = ""
@@ -95,7 +97,7 @@ class Report:
         return "\n".join([*lines, *_recompiles(self.sites), *self.notes])
 
 
-_HEADER = ("site", "rewritten", "queries x keys", "heads x dim", "dtype", "causal", "thresholds", "density", "pattern")
+_HEADER = ("site", "rewritten", "queries x keys", "heads x dim", "dtype", "mask", "thresholds", "density", "pattern")
 
 
 def _row(site: SiteReport) -> tuple[str, ...]:
@@ -105,7 +107,7 @@ def _row(site: SiteReport) -> tuple[str, ...]:
         f"{_shown(site.q_len)} x {_shown(site.k_len)}",
         f"{_shown(site.heads)} x {_shown(site.head_dim)}",
         _shown(site.dtype),
-        "-" if site.is_causal is None else ("yes" if site.is_causal else "no"),
+        "causal" if site.is_causal else ("given" if site.masked else "-"),
         _shown(site.threshold_source),
         _density(site),
         site.pattern,
@@ -154,13 +156,19 @@ def describe(site: AttentionSite, outcome: Decision | Refusal, variant: int | No
     if isinstance(outcome, Refusal):
         is_causal = site.is_causal if site.pattern == "sdpa" and isinstance(site.is_causal, bool) else None
         return SiteReport(
-            rewritten=False, reason=outcome.reason, requested=outcome.requested, is_causal=is_causal, **common
+            rewritten=False,
+            reason=outcome.reason,
+            requested=outcome.requested,
+            is_causal=is_causal,
+            masked=None if site.query is None else bool(site.masks),
+            **common,
         )
     thresholds = tuple(asdict(entry) for entry in outcome.thresholds)
     return SiteReport(
         rewritten=True,
         reason=None,
         is_causal=outcome.claim.is_causal,
+        masked=bool(outcome.claim.masks),
         thresholds=thresholds,
         threshold_source=outcome.source,
         predictor=outcome.predictor,

@@ -6,9 +6,11 @@ What `explain` and `calibrate` share.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -19,7 +21,19 @@ from sparge_compile import context, dynamo
 from sparge_compile.policy import Policy
 
 OUTSIDE = "the call ran outside every compiled graph, after a graph break; TORCH_LOGS=graph_breaks shows where"
+_SOFTMAX_OUTSIDE = (
+    "A softmax ran outside every compiled graph at {}; if that is attention written out by hand, it stays as it is."
+)
 _NOT_WATCHED = "Calls outside compiled graphs are not listed: another profiler is active in this thread."
+
+# The functions of torch that hold a whole attention, and the pattern that each one is in a graph.
+_PATTERNS = {
+    id(F.scaled_dot_product_attention): "sdpa",
+    id(dynamo.FUSED_ENCODER_LAYER): "mha",
+    id(dynamo.FUSED_MULTI_HEAD_ATTENTION): "mha",
+}
+_MULTI_HEAD_ATTENTION = F.multi_head_attention_forward.__code__
+_NOT_USER_CODE = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 @contextlib.contextmanager
@@ -43,7 +57,8 @@ class Watcher:
     """Knows the modules of a model that runs, and hears of attention calls that Python makes outside every graph."""
 
     def __init__(self, target: Callable[..., Any]) -> None:
-        self.notes: tuple[str, ...] = ()
+        self._watching = True
+        self._softmaxes: dict[str, None] = {}  # where they ran, in order
         modules = target.named_modules() if isinstance(target, nn.Module) else ()
         self._names = {module: name for name, module in modules}
         self._depth = 0  # of graphs running and compiles in progress: what Python calls there is not eager
@@ -55,7 +70,14 @@ class Watcher:
             return now + site[len(before) :]
         return site
 
-    def ran_outside(self, name: str, source: str) -> None:
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the calls that are not listed."""
+        if not self._watching:
+            return (_NOT_WATCHED,)
+        return tuple(_SOFTMAX_OUTSIDE.format(source) for source in self._softmaxes)
+
+    def ran_outside(self, name: str, source: str, pattern: str) -> None:
         """An attention call ran outside every graph, in the module or function `name`; source is `file:line`."""
 
     @contextlib.contextmanager
@@ -69,13 +91,13 @@ class Watcher:
 
     @contextlib.contextmanager
     def watching_eager_calls(self) -> Iterator[None]:
-        """Sees every call of the attention function that Python makes outside compiled graphs.
+        """Sees every call of torch's attention functions that Python makes outside compiled graphs.
 
         A profiling hook is the only observer that changes nothing: a TorchFunctionMode alters the captured graph, and
         patching the function hides it from TorchDynamo. It is off while TorchDynamo traces and while graphs run.
         """
         if sys.getprofile() is not None:
-            self.notes = (_NOT_WATCHED,)
+            self._watching = False
             yield
             return
         with dynamo.compile_listeners(self._enter, self._leave):
@@ -88,19 +110,51 @@ class Watcher:
 
     def _enter(self) -> None:
         self._depth += 1
-        if not self.notes:
+        if self._watching:
             sys.setprofile(None)
 
     def _leave(self) -> None:
         self._depth -= 1
-        if self._depth == 0 and not self.notes:
+        if self._depth == 0 and self._watching:
             sys.setprofile(self._see)
 
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "c_call" and argument is F.scaled_dot_product_attention:
-            owner = module_running(frame)
-            name = frame.f_code.co_name if owner is None else self._names.get(owner) or type(owner).__name__
-            self.ran_outside(name, f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        if event == "call" and frame.f_code is _MULTI_HEAD_ATTENTION:
+            self._call_outside(frame, "mha")
+        elif event == "c_call":
+            if frame.f_code is _MULTI_HEAD_ATTENTION or _is_called_by(frame, _MULTI_HEAD_ATTENTION):
+                return  # part of a call that is listed
+            pattern = _PATTERNS.get(id(argument))
+            if pattern is not None:
+                self._call_outside(frame, pattern)
+            elif _is_softmax_of_scores(argument):
+                self._softmaxes[_source(frame)] = None
+
+    def _call_outside(self, frame: FrameType, pattern: str) -> None:
+        owner = module_running(frame)
+        name = frame.f_code.co_name if owner is None else self._names.get(owner) or type(owner).__name__
+        self.ran_outside(name, _source(frame), pattern)
+
+
+def _is_called_by(frame: FrameType, code: CodeType) -> bool:
+    return frame.f_back is not None and frame.f_back.f_code is code
+
+
+def _is_softmax_of_scores(function: Any) -> bool:
+    """Is this a softmax that may be over a map of scores: not a method of a tensor with less than 3 dimensions?"""
+    if getattr(function, "__name__", "") != "softmax":
+        return False
+    tensor = getattr(function, "__self__", None)
+    return not isinstance(tensor, torch.Tensor) or tensor.dim() >= 3
+
+
+def _source(frame: FrameType) -> str:
+    """`file:line` of the innermost frame that is neither torch's nor ours; of `frame` itself if there is none."""
+    user: FrameType | None = frame
+    while user is not None and user.f_code.co_filename.startswith(_NOT_USER_CODE):
+        user = user.f_back
+    found = user or frame
+    return f"{found.f_code.co_filename}:{found.f_lineno}"
 
 
 def module_running(frame: FrameType | None) -> nn.Module | None:

@@ -17,3 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="without a GPU: run every case of the GPU kernels in Triton's interpreter, not a few of each test",
     )
+    parser.addoption(
+        "--fuzz-examples",
+        type=int,
+        default=300,
+        help="how many random programs tests/fuzz compiles; the default is always the same ones",
+    )

@@ -58,8 +58,8 @@ def check_call(
         raise ValueError(f"precision={precision!r} is not supported{hint}; allowed: {_names(PRECISIONS)}.")
     if predictor not in PREDICTORS:
         raise ValueError(f"predictor={predictor!r} is not known; allowed: {_names(PREDICTORS)}.")
-    if sorted(layout) != [0, 1, 2, 3]:
-        raise ValueError(f"layout={list(layout)} is not a permutation of [0, 1, 2, 3], outermost first.")
+    if layout and sorted(layout) != [0, 1, 2, 3]:
+        raise ValueError(f"layout={list(layout)} is neither a permutation of [0, 1, 2, 3], outermost first, nor empty.")
 
 
 def check_thresholds(thresholds: Sequence[float], table: Tensor | None, query: Tensor) -> None:

@@ -13,9 +13,9 @@ Arguments of both:
     is_causal: top-left aligned. scale: default 1 / sqrt(D).
     precision: "int8" or "none" (no quantization).
     predictor: "clusters" or "sparge" (the paper's), see predict.py.
-    min_tokens: a call with fewer queries or keys runs dense (density 1, pv_skipped 0).
+    min_tokens: a call with fewer queries or keys runs dense (density 1, pv_skipped 0); default 0.
     layout: the output's memory order, outermost dimension first, so that its strides follow from the
-        arguments alone. The default is the order B, S, H, D.
+        arguments alone. Empty is [0, 2, 1, 3]: the order B, S, H, D.
     site: the attention site's name, for `record_stats`.
 
 The operator is opaque: define plus one implementation per device. It has no backward.
@@ -47,10 +47,12 @@ __all__ = [
     "unmeasured",
 ]
 
+# No default holds an integer: AOTInductor's generated code passes the integers of an argument left at its default, its
+# runtime does not expect them, and the call fails.
 _ARGUMENTS = (
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor? threshold_table=None, *, "
     "float[] thresholds=[], bool is_causal=False, float? scale=None, bool enable_gqa=False, str precision='int8', "
-    "str predictor='clusters', int min_tokens=0, int[] layout=[0, 2, 1, 3], str site='')"
+    "str predictor='clusters', int? min_tokens=None, int[] layout=[], str site='')"
 )
 # The kernels take any strides, so Inductor need not copy inputs to the strides seen while tracing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -137,8 +139,8 @@ def _run(
     enable_gqa: bool = False,
     precision: str = "int8",
     predictor: str = DEFAULT_PREDICTOR,
-    min_tokens: int = 0,
-    layout: Sequence[int] = (0, 2, 1, 3),
+    min_tokens: int | None = None,
+    layout: Sequence[int] = (),
     site: str = "",
     with_statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -149,7 +151,7 @@ def _run(
     per_head = _per_head(query, thresholds, threshold_table)
     records = _records.get()
     with_statistics = with_statistics or records is not None
-    runs_dense = min(query.shape[2], key.shape[2]) < min_tokens or out.numel() == 0 or key.numel() == 0
+    runs_dense = min(query.shape[2], key.shape[2]) < (min_tokens or 0) or out.numel() == 0 or key.numel() == 0
     if not runs_dense and (reason := unavailable(query.device, attn_mask is not None, key.shape[2])):
         # Who compiles here never gets here: a program exported elsewhere does, or one whose environment has changed.
         warnings.warn(f"sparge::attention runs dense: {reason}", stacklevel=2)
@@ -229,7 +231,7 @@ def _dense(
 
 def _empty_output(query: Tensor, value: Tensor, layout: Sequence[int]) -> Tensor:
     shape = (*query.shape[:3], value.shape[3])
-    return torch.empty_permuted(shape, tuple(layout), dtype=query.dtype, device=query.device)
+    return torch.empty_permuted(shape, tuple(layout) or (0, 2, 1, 3), dtype=query.dtype, device=query.device)
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -248,7 +250,7 @@ def _fake(
     enable_gqa: bool = False,
     precision: str = "int8",
     predictor: str = DEFAULT_PREDICTOR,
-    layout: Sequence[int] = (0, 2, 1, 3),
+    layout: Sequence[int] = (),
     **_: Any,
 ) -> Tensor:
     check_call(query, key, value, enable_gqa=enable_gqa, precision=precision, predictor=predictor, layout=layout)

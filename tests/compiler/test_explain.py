@@ -83,6 +83,23 @@ def test_the_operators_own_dense_path_is_not_listed_as_a_call_outside():
     assert [site.rewritten for site in report.sites] == [True]
 
 
+def test_the_table_says_which_mask_a_call_has():
+    def function(q, mask):
+        q = F.scaled_dot_product_attention(q, q, q)
+        q = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        q = F.scaled_dot_product_attention(q, q, q, torch.arange(6) <= torch.arange(6)[:, None])
+        return F.scaled_dot_product_attention(q, q, q, mask)
+
+    report = sparge.explain(function, torch.randn(1, 2, 6, 8), torch.rand(6, 6) > 0.5, policy=EXACT)
+    assert [(site.is_causal, site.masked) for site in report.sites] == [
+        (False, False),
+        (True, False),
+        (True, False),
+        (False, True),
+    ]
+    assert [line.split()[9] for line in str(report).splitlines()[2:6]] == ["-", "causal", "causal", "given"]
+
+
 def test_short_calls_say_why():
     report = sparge.explain(Attention().eval(), X)
     assert f"6 queries and 6 keys, min_tokens is {BREAK_EVEN['cpu']}" in report.dense[0].reason

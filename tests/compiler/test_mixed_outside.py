@@ -1,0 +1,116 @@
+"""`explain` on models with graph breaks: attention that ran outside every compiled graph is listed, of every kind."""
+
+import pytest
+import torch
+from diffusers import MochiTransformer3DModel
+from light import EXACT, Attention
+from torch import nn
+
+import sparge_compile as sparge
+
+X = torch.randn(1, 6, 16)
+OUTSIDE = "outside every compiled graph"
+
+
+def test_mochi_breaks_its_graph_in_a_loop_and_every_call_is_listed():
+    """Its attention walks the batch and asks each prompt's mask for nonzero: a graph break that skips the frame."""
+    torch.manual_seed(0)
+    model = MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=8,
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 2, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 16, 16),
+        "timestep": torch.tensor([1.0, 1.0]),
+        "encoder_attention_mask": torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]]),
+    }
+    report = sparge.explain(model, **inputs, policy=EXACT)
+    outside = {site.name: site for site in report.sites if OUTSIDE in site.reason}
+    assert list(outside) == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    assert all("attention_processor.py:" in site.source for site in outside.values())
+    assert [site.name for site in report.sites if site.name not in outside] == ["time_embed.pooler"]
+
+
+class Eager(nn.Module):
+    """Runs a module outside every graph, and one of ours inside."""
+
+    def __init__(self, layer, **arguments):
+        super().__init__()
+        self.layer, self.arguments, self.attention = layer, arguments, Attention()
+
+    def forward(self, x):
+        return self.attention(self.outside(x))
+
+    @torch._dynamo.disable
+    def outside(self, x):
+        if isinstance(self.layer, nn.MultiheadAttention):
+            return self.layer(x, x, x, **self.arguments)[0]
+        return self.layer(x, **self.arguments)
+
+
+def encoder():
+    return nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+
+
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(6)
+LAYERS = {
+    "fused-encoder-layer": lambda: Eager(encoder()),
+    "fused-multi-head": lambda: Eager(nn.MultiheadAttention(16, 2, batch_first=True), need_weights=False),
+    "multi-head": lambda: Eager(nn.MultiheadAttention(16, 2), need_weights=False),
+    "multi-head-with-weights": lambda: Eager(nn.MultiheadAttention(16, 2), need_weights=True),
+    "multi-head-with-a-mask": lambda: Eager(nn.MultiheadAttention(16, 2), need_weights=False, attn_mask=CAUSAL[:1, :1]),
+}
+
+
+@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS.keys())
+def test_torchs_own_layers_outside_graphs_are_listed_once(build):
+    report = sparge.explain(build().eval(), X, policy=EXACT)
+    assert sorted((site.name, site.rewritten) for site in report.sites) == [("attention", True), ("layer", False)]
+    (outside,) = report.dense
+    assert OUTSIDE in outside.reason and outside.pattern == "mha" and report.notes == ()
+    first = Eager.outside._torchdynamo_orig_callable.__code__.co_firstlineno
+    assert outside.source in {f"{__file__}:{line}" for line in range(first, first + 5)}
+
+
+def test_an_encoder_in_training_mode_outside_graphs_is_listed_by_its_attention():
+    (outside,) = sparge.explain(Eager(encoder()).train(), X, policy=EXACT).dense
+    assert outside.name == "layer.self_attn" and outside.pattern == "mha"
+
+
+SOFTMAXES = {
+    "method": lambda scores: scores.softmax(-1),
+    "torch": lambda scores: torch.softmax(scores, -1),
+    "functional": lambda scores: nn.functional.softmax(scores, dim=-1),
+    "module": nn.Softmax(-1),
+}
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=SOFTMAXES.keys())
+def test_a_softmax_outside_graphs_is_noted_with_its_line(softmax):
+    @torch._dynamo.disable
+    def outside(x):
+        return softmax(x @ x.transpose(1, 2)) @ x
+
+    report = sparge.explain(lambda x: outside(x) + 1, X)
+    (note,) = report.notes
+    assert "attention written out by hand" in note and f"{__file__}:" in note and note in str(report)
+    assert report.sites == ()
+
+
+def test_softmaxes_in_graphs_and_those_of_class_probabilities_are_not_noted():
+    @torch._dynamo.disable
+    def classify(x):
+        return x[:, 0].softmax(-1)
+
+    report = sparge.explain(lambda x: classify((x @ x.transpose(1, 2)).softmax(-1) @ x), X)
+    assert report.notes == () and [site.pattern for site in report.sites] == ["softmax"]
+
+
+def test_a_watched_model_has_no_note_about_profilers():
+    assert sparge.explain(Attention().eval(), X, policy=EXACT).notes == ()
