@@ -27,9 +27,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 POLICY = sparge.Policy(topk=1.0, min_tokens=0)
 LIBRARIES = ("torch", "transformers", "diffusers")
 
-_HEAD = ("model", "class", "kind", "attention calls", "found", "rewritten", "patterns", "dense, and why")
-_TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", re.DOTALL)
-_CAPTION = re.compile(r"(?<=<!-- caption -->\n).*?(?=<!-- end -->)", re.DOTALL)
+_HEAD = ("model", "class", "kind", "attention calls", "found", "rewritten", "masks", "patterns", "dense, and why")
+_CAPTION_AND_TABLE = re.compile(r"(?<=<!-- table -->\n)(.*?)\n\n(.*?)\n(?=<!-- end -->)", re.DOTALL)
 
 
 @functools.cache
@@ -49,31 +48,35 @@ def table() -> str:
     lines += [_line(_row(kind, entry, reasons)) for kind, entries in KINDS.items() for entry in entries]
     lines.append(_line(_total()))
     lines += ["", *(f"- ({letter}) {reason}" for reason, letter in reasons.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def caption() -> str:
     versions = ", ".join(f"{library} {_version(library)}" for library in LIBRARIES)
-    return f"{datetime.date.today().isoformat()}, {versions}.\n"
+    return f"{datetime.date.today().isoformat()}, {versions}."
 
 
 def committed_table() -> str:
-    return _part(_TABLE)
+    return _committed()[2]
 
 
 def committed_versions() -> dict[str, str]:
-    caption = _part(_CAPTION)
-    return {library: found[1] for library in LIBRARIES if (found := re.search(rf"{library} ([\w.]+\w)", caption))}
+    return dict(re.findall(r"(\w+) ([\w.]+\w)", _committed()[1]))
 
 
 def installed_versions() -> dict[str, str]:
     return {library: _version(library) for library in LIBRARIES}
 
 
-def _part(pattern: re.Pattern[str]) -> str:
-    found = pattern.search(PAGE.read_text())
+def mask(site: sparge.SiteReport) -> str:
+    """`causal`, `given` or nothing."""
+    return "causal" if site.is_causal else "given" if site.masked else ""
+
+
+def _committed() -> re.Match[str]:
+    found = _CAPTION_AND_TABLE.search(PAGE.read_text())
     assert found is not None, f"{PAGE} has lost a marker"
-    return found[0]
+    return found
 
 
 def _version(library: str) -> str:
@@ -88,16 +91,23 @@ def _row(kind: str, entry: Entry, reasons: dict[str, str]) -> Sequence[str]:
     for reason in dense:
         reasons.setdefault(reason, chr(ord("a") + len(reasons)))
     why = ", ".join(f"{count} ({reasons[reason]})" for reason, count in dense.items())
+    masks = Counter(mask(site) for site in report.rewritten if mask(site))
+    shown_masks = ", ".join(f"{count} {name}" for name, count in masks.items())
     patterns = ", ".join(sorted({site.pattern for site in report.sites}))
     counts = (str(len(calls)), str(len(report.sites)), str(len(report.rewritten)))
-    return (entry.name, f"`{module.__module__.split('.')[0]}.{module.__name__}`", kind, *counts, patterns, why or "-")
+    return (entry.name, _class(module), kind, *counts, shown_masks or "-", patterns or "-", why or "-")
+
+
+def _class(module: type) -> str:
+    library = module.__module__.split(".")[0]
+    return f"`{'torch.nn' if library == 'torch' else library}.{module.__name__}`"
 
 
 def _total() -> Sequence[str]:
     entries = [entry for kind in KINDS.values() for entry in kind]
     calls = sum(len(observed(entry)[2]) for entry in entries)
     found, rewritten = (sum(len(getattr(explained(e), kind)) for e in entries) for kind in ("sites", "rewritten"))
-    return ("all", f"{len(entries)} calls", "", str(calls), str(found), str(rewritten), "", str(found - rewritten))
+    return ("all", f"{len(entries)} calls", "", str(calls), str(found), str(rewritten), "", "", str(found - rewritten))
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -108,10 +118,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    print(caption() + "\n" + table())
+    print(caption() + "\n\n" + table())
     if options.write:
-        page = _CAPTION.sub(lambda _: caption(), PAGE.read_text())
-        PAGE.write_text(_TABLE.sub(lambda _: table(), page))
+        written = f"{caption()}\n\n{table()}\n"
+        PAGE.write_text(_CAPTION_AND_TABLE.sub(lambda _: written, PAGE.read_text(), count=1))
 
 
 if __name__ == "__main__":

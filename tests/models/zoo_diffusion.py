@@ -220,11 +220,23 @@ DIFFUSION = [
     Entry("unet", _unet, tuple(Rewritten(sites, 2) for sites in _UNET)),
     Entry("unet-eager", _unet_eager, tuple(Dense(sites, 2, HAND, "softmax") for sites in _UNET)),
     Entry("sd3", _sd3, (Rewritten("transformer_blocks.?.attn", 2), Rewritten("transformer_blocks.0.attn2", 1))),
-    Entry("pixart", _pixart, (Rewritten("transformer_blocks.?.attn1", 2), Rewritten("transformer_blocks.?.attn2", 2))),
+    Entry(
+        "pixart",
+        _pixart,
+        (Rewritten("transformer_blocks.?.attn1", 2), Rewritten("transformer_blocks.?.attn2", 2, mask="given")),
+    ),
     # Its self-attention is linear: no softmax, no map of scores.
     Entry("sana", _sana, (Rewritten("transformer_blocks.?.attn2", 2),)),
-    Entry("lumina2", _lumina2, (Rewritten("*_refiner.0.attn", 2), Rewritten("layers.?.attn", 2))),
-    Entry("qwen-image", _qwen_image, (Rewritten("transformer_blocks.?.attn", 2),), gain=2.5),
+    Entry(
+        "lumina2",
+        _lumina2,
+        (
+            Rewritten("context_refiner.0.attn", 1, mask="given"),
+            Rewritten("noise_refiner.0.attn", 1),
+            Rewritten("layers.?.attn", 2, mask="given"),
+        ),
+    ),
+    Entry("qwen-image", _qwen_image, (Rewritten("transformer_blocks.?.attn", 2, mask="given"),), gain=2.5),
     Entry("stable-cascade", _stable_cascade, (Rewritten("*_blocks.?.2.attention", 4),)),
     Entry("autoencoder-kl", _autoencoder, (Rewritten("*coder.mid_block.attentions.0", 2),)),
 ]

@@ -73,16 +73,16 @@ _BART = {"layers": 1, "attention_heads": 4, "ffn_dim": 192}
 HAND = "attention written out"
 _BERT = "encoder.layer.?.attention.self"
 _T5 = (
-    Rewritten("encoder.block.?.layer.0.SelfAttention", 2),
-    Rewritten("decoder.block.?.layer.0.SelfAttention", 2),
+    Rewritten("encoder.block.?.layer.0.SelfAttention", 2, mask="given"),
+    Rewritten("decoder.block.?.layer.0.SelfAttention", 2, mask="given"),
     Rewritten("decoder.block.?.layer.1.EncDecAttention", 2),
 )
 
 ENCODERS = [
     Entry("bert", _bert, (Rewritten(_BERT, 2),)),
-    Entry("bert-padded", _bert_with_padding, (Rewritten(_BERT, 2),)),
+    Entry("bert-padded", _bert_with_padding, (Rewritten(_BERT, 2, mask="given"),)),
     Entry("bert-eager", _bert_eager, (Dense(_BERT, 2, HAND, "softmax"),)),
-    Entry("modernbert", _modernbert, (Rewritten("layers.?.attn", 2),)),
+    Entry("modernbert", _modernbert, (Rewritten("layers.0.attn", 1), Rewritten("layers.1.attn", 1, mask="given"))),
     # Scores of content with positions, gathered for each query, are added.
     Entry("deberta-v2", _deberta, (Dense(_BERT, 2, HAND, "softmax"),)),
     Entry("mpnet", _mpnet, (Dense("encoder.layer.?.attention.attn", 2, HAND, "softmax"),)),
@@ -96,7 +96,7 @@ ENCODERS = [
         _bart,
         (
             Rewritten("encoder.layers.?.self_attn", 1),
-            Rewritten("decoder.layers.?.self_attn", 1, is_causal=True),
+            Rewritten("decoder.layers.?.self_attn", 1, mask="causal"),
             Rewritten("decoder.layers.?.encoder_attn", 1),
         ),
     ),

@@ -60,11 +60,14 @@ def padding(*lengths: int, to: int) -> Tensor:
 
 
 class Rewritten(NamedTuple):
-    """Sites that run `sparge::attention`: an fnmatch pattern on their names, and how many there are."""
+    """Sites that run `sparge::attention`: an fnmatch pattern on their names, how many there are, which mask they have.
+
+    `mask` is `causal`, `given` (to the kernel, as it is) or empty.
+    """
 
     sites: str
     count: int
-    is_causal: bool = False
+    mask: str = ""
     pattern: str = "sdpa"
 
 

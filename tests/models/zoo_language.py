@@ -88,16 +88,19 @@ def _qwen3_moe() -> Call:
 _LAYERS = "model.layers.?.self_attn"
 
 LANGUAGE = [
-    Entry("llama", llama, (Rewritten(_LAYERS, 2, is_causal=True),)),
-    Entry("llama-padded", _llama_with_padding, (Rewritten(_LAYERS, 2),)),
+    Entry("llama", llama, (Rewritten(_LAYERS, 2, mask="causal"),)),
+    Entry("llama-padded", _llama_with_padding, (Rewritten(_LAYERS, 2, mask="given"),)),
     Entry("llama-eager", lambda: llama(attn_implementation="eager"), (Dense(_LAYERS, 2, HAND, "softmax"),)),
-    Entry("mistral", _mistral, (Rewritten(_LAYERS, 2),)),
+    Entry("mistral", _mistral, (Rewritten(_LAYERS, 2, mask="given"),)),
     # The scores go through tanh before the softmax.
     Entry("gemma2", _gemma2, (Dense(_LAYERS, 2, HAND, "softmax"),)),
     Entry(
         "gemma3",
         _gemma3,
-        (Rewritten("model.layers.[02].self_attn", 2), Rewritten("model.layers.[13].self_attn", 2, is_causal=True)),
+        (
+            Rewritten("model.layers.[02].self_attn", 2, mask="given"),
+            Rewritten("model.layers.[13].self_attn", 2, mask="causal"),
+        ),
     ),
     Entry("gpt2-eager", _gpt2, (Dense("transformer.h.?.attn", 2, HAND, "softmax"),)),
     Entry("bloom", _bloom, (Dense("transformer.h.?.self_attention", 2, HAND, "softmax"),)),
@@ -105,6 +108,6 @@ LANGUAGE = [
     Entry("falcon", _falcon, (Dense("transformer.h.?.self_attention", 2, "4 query heads over 1 key heads"),)),
     # A learned sink takes a share of every softmax.
     Entry("gpt-oss", _gpt_oss, (Dense(_LAYERS, 2, HAND, "softmax"),)),
-    Entry("deepseek-v3", _deepseek, (Rewritten(_LAYERS, 2, is_causal=True),)),
-    Entry("qwen3-moe", _qwen3_moe, (Rewritten(_LAYERS, 2, is_causal=True),)),
+    Entry("deepseek-v3", _deepseek, (Rewritten(_LAYERS, 2, mask="causal"),)),
+    Entry("qwen3-moe", _qwen3_moe, (Rewritten(_LAYERS, 2, mask="causal"),)),
 ]

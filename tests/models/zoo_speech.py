@@ -70,7 +70,7 @@ SPEECH = [
         _whisper,
         (
             Rewritten("encoder.layers.?.self_attn", 1),
-            Rewritten("decoder.layers.?.self_attn", 1, is_causal=True),
+            Rewritten("decoder.layers.?.self_attn", 1, mask="causal"),
             Rewritten("decoder.layers.?.encoder_attn", 1),
         ),
     ),
@@ -86,7 +86,7 @@ SPEECH = [
     Entry("wav2vec2", _wav2vec2, (Rewritten("encoder.layers.?.attention", 2),)),
     # Each query's own gate weighs a learned position bias.
     Entry("wavlm", _wavlm, (Dense("encoder.layers.?.attention", 2, "nn.MultiheadAttention", "mha"),)),
-    Entry("wav2vec2-conformer", _conformer, (Rewritten("encoder.layers.?.self_attn", 2),)),
+    Entry("wav2vec2-conformer", _conformer, (Rewritten("encoder.layers.?.self_attn", 2, mask="given"),)),
     Entry(
         "speecht5",
         _speecht5,

@@ -177,16 +177,19 @@ VIDEO = [
         "hunyuan-video",
         _hunyuan_video,
         (
-            Rewritten("context_embedder.token_refiner.refiner_blocks.0.attn", 1),
-            Rewritten("*transformer_blocks.0.attn", 2),
+            Rewritten("context_embedder.token_refiner.refiner_blocks.0.attn", 1, mask="given"),
+            Rewritten("*transformer_blocks.0.attn", 2, mask="given"),
         ),
     ),
-    Entry("ltx-video", _ltx_video, (Rewritten("transformer_blocks.?.attn1", 2), Rewritten("*.attn2", 2))),
+    Entry("ltx-video", _ltx_video, (Rewritten("transformer_blocks.?.attn1", 2), Rewritten("*.attn2", 2, mask="given"))),
     # It picks each prompt's valid tokens by torch.nonzero, whose size is data: TorchDynamo breaks the graph there.
     Entry(
         "mochi",
         _mochi,
-        (Rewritten("time_embed.pooler", 1), Dense("transformer_blocks.?.attn1", 2, "outside every compiled graph")),
+        (
+            Rewritten("time_embed.pooler", 1, mask="given"),
+            Dense("transformer_blocks.?.attn1", 2, "outside every compiled graph"),
+        ),
     ),
     Entry(
         "latte",

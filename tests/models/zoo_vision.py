@@ -103,16 +103,16 @@ VISION = [
     Entry(
         "vit-eager", lambda: _vit(1, attn_implementation="eager"), (Dense("layers.?.attention", 2, HAND, "softmax"),)
     ),
-    Entry("beit", _beit, (Rewritten("layers.?.attention", 2),)),
-    Entry("swin", _swin, (Rewritten("encoder.layers.0.blocks.?.attention", 2),)),
+    Entry("beit", _beit, (Rewritten("layers.?.attention", 2, mask="given"),)),
+    Entry("swin", _swin, (Rewritten("encoder.layers.0.blocks.?.attention", 2, mask="given"),)),
     Entry("segformer", _segformer, (Rewritten("stages.?.blocks.0.attention", 2),)),
-    Entry("sam", _sam, (Rewritten("vision_encoder.layers.?.attn", 2),)),
+    Entry("sam", _sam, (Rewritten("vision_encoder.layers.?.attn", 2, mask="given"),)),
     Entry(
         "clip",
         _clip,
         (
             Rewritten("vision_model.encoder.layers.?.self_attn", 2),
-            Rewritten("text_model.encoder.layers.?.self_attn", 2, is_causal=True),
+            Rewritten("text_model.encoder.layers.?.self_attn", 2, mask="causal"),
         ),
     ),
     Entry(
@@ -124,9 +124,9 @@ VISION = [
         "detr",
         _detr,
         (
-            Rewritten("encoder.layers.?.self_attn", 1),
+            Rewritten("encoder.layers.?.self_attn", 1, mask="given"),
             Rewritten("decoder.layers.?.self_attn", 1),
-            Rewritten("decoder.layers.?.encoder_attn", 1),
+            Rewritten("decoder.layers.?.encoder_attn", 1, mask="given"),
         ),
     ),
     Entry(
