@@ -1,4 +1,6 @@
-"""`nox -s tests` runs the suite on every supported torch; `nox -s lint` the linters. See CONTRIBUTING.md."""
+"""`nox -s tests` runs the suite on every supported torch, `nox -s nightly` thousands of random programs, `nox -s lint`
+the linters. See CONTRIBUTING.md.
+"""
 
 import nox
 
@@ -15,6 +17,13 @@ def tests(session: nox.Session, torch: str) -> None:
     older = ["numpy<2.4"] if torch == "2.11.0" else []
     session.install(f"torch=={torch}", "-e", ".[test]", *older)
     session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """Thousands of random programs, other ones every time; a failure prints the program."""
+    session.install("torch==2.13.0", "-e", ".[test]")
+    session.run("python", "-m", "pytest", "tests/fuzz", "--fuzz-examples", "4000", *session.posargs)
 
 
 @nox.session

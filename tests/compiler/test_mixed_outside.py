@@ -31,10 +31,11 @@ def test_mochi_breaks_its_graph_in_a_loop_and_every_call_is_listed():
         "encoder_attention_mask": torch.arange(16).expand(2, 16) < torch.tensor([[16], [9]]),
     }
     report = sparge.explain(model, **inputs, policy=EXACT)
-    outside = {site.name: site for site in report.sites if OUTSIDE in site.reason}
+    outside = {site.name: site for site in report.dense}
     assert list(outside) == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
     assert all("attention_processor.py:" in site.source for site in outside.values())
-    assert [site.name for site in report.sites if site.name not in outside] == ["time_embed.pooler"]
+    assert all(OUTSIDE in site.reason for site in outside.values())
+    assert [site.name for site in report.rewritten] == ["time_embed.pooler"]
 
 
 class Eager(nn.Module):

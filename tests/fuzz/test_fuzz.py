@@ -64,6 +64,7 @@ def check(program: Program, seen: Counter[str]) -> None:
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True)
 
 
+@pytest.mark.timeout(7200)  # for thousands of them
 def test_random_programs_give_what_eager_gives(pytestconfig: pytest.Config):
     seen: Counter[str] = Counter()
     examples = pytestconfig.getoption("--fuzz-examples")
