@@ -104,8 +104,8 @@ LANGUAGE = [
     ),
     Entry("gpt2-eager", _gpt2, (Dense("transformer.h.?.attn", 2, HAND, "softmax"),)),
     Entry("bloom", _bloom, (Dense("transformer.h.?.self_attention", 2, HAND, "softmax"),)),
-    # One key head is broadcast over the query heads by the call itself.
-    Entry("falcon", _falcon, (Dense("transformer.h.?.self_attention", 2, "4 query heads over 1 key heads"),)),
+    # One key head, broadcast over the query heads by the call itself, and a mask with ALiBi's slopes.
+    Entry("falcon", _falcon, (Rewritten("transformer.h.?.self_attention", 2, "given"),)),
     # A learned sink takes a share of every softmax.
     Entry("gpt-oss", _gpt_oss, (Dense(_LAYERS, 2, HAND, "softmax"),)),
     Entry("deepseek-v3", _deepseek, (Rewritten(_LAYERS, 2, mask="causal"),)),
