@@ -36,6 +36,7 @@ def explained(entry: Entry) -> sparge.Report:
     """The report of the entry's one call."""
     torch._dynamo.reset()
     call, _, _ = observed(entry)
+    call.empty_caches()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return sparge.explain(call.module, *call.args, policy=POLICY, **call.kwargs)

@@ -19,11 +19,18 @@ class Call(NamedTuple):
 
     def run(self, function: Callable[..., Any] | None = None) -> list[Tensor]:
         """The floating-point tensors the module returns, without caches; `function` runs in the module's place."""
+        self.empty_caches()
         result = (self.module if function is None else function)(*self.args, **self.kwargs)
         if isinstance(result, Tensor):
             return [result]
         values = result.values() if isinstance(result, Mapping) else result
         return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+    def empty_caches(self) -> None:
+        """Each call is a first one."""
+        for value in self.kwargs.values():
+            if hasattr(value, "reset"):
+                value.reset()
 
 
 SMALL = {

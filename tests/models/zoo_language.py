@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from zoo_entry import SMALL, Call, Dense, Entry, Rewritten, from_transformers, padding, tokens
 
 HAND = "attention written out"
@@ -13,6 +14,15 @@ def llama(length: int = 300, **options: Any) -> Call:
     inputs = {"attention_mask": options.pop("attention_mask")} if "attention_mask" in options else {}
     config = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 512, **options}
     return from_transformers("LlamaForCausalLM", config, input_ids=tokens(2, length), **inputs)
+
+
+def _llama_with_static_cache() -> Call:
+    from transformers import StaticCache
+
+    call = llama(200, attention_mask=padding(200, 120, to=200))
+    cache = StaticCache(call.module.config, max_cache_len=320)
+    cache.early_initialization(2, 2, 32, torch.float32, torch.device("cpu"))
+    return call._replace(kwargs={**call.kwargs, "past_key_values": cache})
 
 
 def _decoder(model: str, **fields: Any) -> Call:
@@ -90,6 +100,7 @@ _LAYERS = "model.layers.?.self_attn"
 LANGUAGE = [
     Entry("llama", llama, (Rewritten(_LAYERS, 2, mask="causal"),)),
     Entry("llama-padded", _llama_with_padding, (Rewritten(_LAYERS, 2, mask="given"),)),
+    Entry("llama-static-cache", _llama_with_static_cache, (Rewritten(_LAYERS, 2, "given"),)),
     Entry("llama-eager", lambda: llama(attn_implementation="eager"), (Dense(_LAYERS, 2, HAND, "softmax"),)),
     Entry("mistral", _mistral, (Rewritten(_LAYERS, 2, mask="given"),)),
     # The scores go through tanh before the softmax.
