@@ -156,6 +156,7 @@ def test_table_of_coverage_is_what_is_found():
             pytest.skip(f"the table is of {library} {committed[library]}, this is {installed[library]}")
 
     assert coverage_table.committed_table() == coverage_table.table()
+    assert coverage_table.committed_summary() == coverage_table.summary()
 
 
 def test_llama_of_dynamic_length_is_compiled_once():
