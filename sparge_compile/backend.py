@@ -15,6 +15,7 @@ from sparge_compile.graph import blocker, written_nodes
 from sparge_compile.markers import Marker, tables_of, take_markers, with_table
 from sparge_compile.matchers import find_sites, softmax
 from sparge_compile.policy import Policy, replace, split_options
+from sparge_compile.proof import prove
 from sparge_compile.report import LAST, SiteReport, describe
 from sparge_compile.rewrite import rewrite
 from sparge_compile.site import AttentionSite, Claim, Decision, Refusal, StrictPolicyError
@@ -90,7 +91,7 @@ def decide_sites(
     if dynamo.is_compiling_frame():
         context.guard_on_policy_in_force(base)
         if policy.enabled:
-            context.guard_on_attention_kernels()
+            context.guard_on_what_is_reserved()
         _warn_before_recompile_limit()
         _check_profile(policy)
     return policy, list(zip(sites, _decide_all(gm, sites, policy, markers), strict=True))
@@ -111,8 +112,8 @@ def _decide_all(
 ) -> list[Decision | Refusal]:
     if not policy.enabled:
         return [Refusal("rewriting is off (enabled=False)", requested=True) for _ in sites]
-    blocked = context.kernel_asked_for() or blocker(gm.graph)
-    if blocked is not None:
+    blocked = context.STATE.reserved or blocker(gm.graph)
+    if blocked:
         return [Refusal(blocked) for _ in sites]
     written = written_nodes(gm.graph)
     tables = {} if markers is None else tables_of(sites, markers)
@@ -125,12 +126,15 @@ def _decide(
     claimed = claim(site, policy, written)
     if not isinstance(claimed, Claim):
         return claimed
-    if table is None:
-        return decide(claimed, policy)
     if isinstance(table, Refusal):
         return table
-    outcome = decide(claimed, replace(policy, {"profile": None}))  # what is attached wins over any profile
-    return with_table(outcome, table) if isinstance(outcome, Decision) else outcome
+    # What is attached wins over any profile.
+    outcome = decide(claimed, policy if table is None else replace(policy, {"profile": None}))
+    if table is not None and isinstance(outcome, Decision):
+        outcome = with_table(outcome, table)
+    if isinstance(outcome, Decision) and site.several_nodes:
+        return prove(outcome, written) or outcome
+    return outcome
 
 
 def _check_strict(policy: Policy, reports: Sequence[SiteReport]) -> None:

@@ -16,10 +16,10 @@ from torch import fx
 from sparge_compile import dynamo
 from sparge_compile.graph import reshaped_in_place
 from sparge_compile.masks import mask_meaning
-from sparge_compile.operands import Operand
+from sparge_compile.operands import Operand, keeps_digits
 from sparge_compile.policy import Policy
 from sparge_compile.repeated_heads import unrepeat
-from sparge_compile.site import AttentionSite, Claim, Mask, Refusal
+from sparge_compile.site import NEEDS_GRADIENT, AttentionSite, Claim, Mask, Refusal
 from sparge_kernels import ops
 
 
@@ -36,6 +36,8 @@ def claim(site: AttentionSite, policy: Policy, written: set[fx.Node]) -> Claim |
         policy: the policy in force.
         written: nodes whose storage may be written in place (`graph.written_nodes`).
     """
+    if site.piece is not None:
+        written = written | site.piece.written
     try:
         return _claim(site, policy, written)
     except _Refused as refused:
@@ -54,6 +56,8 @@ def _claim(site: AttentionSite, policy: Policy, written: set[fx.Node]) -> Claim:
     _check_dropout(site)
     masks, is_causal = _read_masks(site, query, key, output, written)
     key, value, shares_heads = _heads(site, query, key, value, written)
+    if site.several_nodes:
+        _check_unwritten({"query": query, "key": key, "value": value}, masks, written)
     return Claim(
         site=site,
         query=query,
@@ -79,7 +83,7 @@ def _check_tensors(inputs: dict[str, Operand], output: Operand) -> None:
     result = dynamo.example(output.node)
     # The output's flag and dtype are exact: they know no_grad regions and ambient autocast, the inputs' do not.
     if result.requires_grad:
-        raise _Refused("a gradient is needed here and the kernel has no backward; run it under torch.no_grad()")
+        raise _Refused(NEEDS_GRADIENT)
     for name, operand in inputs.items():
         _check_plain(name, operand, result.device)
     unsupported = ops.check_static(head_dim=1, value_head_dim=1, dtype=result.dtype, device=result.device)
@@ -93,6 +97,13 @@ def _check_plain(name: str, operand: Operand, device: torch.device) -> None:
         raise _Refused(f"the {name} is not a plain strided tensor ({type(tensor).__name__}, {tensor.layout})")
     if tensor.device != device:
         raise _Refused(f"the {name} is on {tensor.device}, the output on {device}")
+
+
+def _check_unwritten(inputs: dict[str, Operand], masks: tuple[Mask, ...], written: set[fx.Node]) -> None:
+    """The operator reads everything where the last node of the call was."""
+    for name, operand in (*inputs.items(), *(("mask", mask.operand) for mask in masks)):
+        if operand.node in written:
+            raise _Refused(f"the {name} may be written in place, before or after the scores are computed")
 
 
 def _check_dropout(site: AttentionSite) -> None:
@@ -133,19 +144,24 @@ def _read_masks(
         raise _Refused(
             "attn_mask and is_causal=True are given together; what that means differs between torch versions"
         )
-    meanings = [mask_meaning(mask, query.shape[2], key.shape[2], written).kind for mask in site.masks]
+    outer = {} if site.piece is None else site.piece.inputs
+    meanings = [mask_meaning(mask, query.shape[2], key.shape[2], written, outer).kind for mask in site.masks]
     if all(kind in ("all_true", "causal") for kind in meanings):
         return (), "causal" in meanings
     for mask in site.masks:
-        _check_mask(mask, query, output)
+        _check_mask(mask, site, query, output)
     needed = zip(site.masks, meanings, strict=True)
     return tuple(mask for mask, kind in needed if kind != "all_true"), False
 
 
-def _check_mask(mask: Mask, query: Operand, output: Operand) -> None:
+def _check_mask(mask: Mask, site: AttentionSite, query: Operand, output: Operand) -> None:
     tensor, result = dynamo.example(mask.operand.node), dynamo.example(output.node)
     _check_plain("attn_mask", mask.operand, result.device)
     if tensor.dtype in (torch.bool, result.dtype):
+        return
+    if site.several_nodes:
+        if not keeps_digits(tensor.dtype, result.dtype):
+            raise _Refused(f"the mask is {tensor.dtype}, the output {result.dtype}: it would lose digits")
         return
     # Autocast makes a mask of floats what it makes of the query.
     autocast = dynamo.example(query.node).dtype != result.dtype

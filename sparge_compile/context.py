@@ -4,7 +4,7 @@ The policy in force is the compile's own (its `options`) changed by every `rewri
 outermost first. Contexts live in a ContextVar, so threads and asyncio tasks never see each other's. A compiled graph
 that holds attention carries a guard on `STATE.base_<digest>.token`, the text of the policy in force for its compile.
 Equal policies give equal texts, so they share one compiled variant however they were written. A second guard is on
-`STATE.attention_kernels`, the kernels that torch may use: in an `sdpa_kernel` region the user asked for one of those.
+`STATE.reserved`: in an `sdpa_kernel` region around the call the user asked for one of torch's kernels.
 """
 
 from __future__ import annotations
@@ -78,18 +78,28 @@ class _State:
     """Holds one `base_<digest>` attribute for each distinct policy that something was compiled with."""
 
     @property
-    def attention_kernels(self) -> str:
-        """The kernels that scaled_dot_product_attention may use now; an empty text for all, with which torch starts."""
-        cuda = torch.backends.cuda  # the settings hold for CPUs too
+    def reserved(self) -> str:
+        """Why attention called here and now must be torch's own whatever the policy says; an empty text if it need not.
+
+        Compiled code asks on every call, so the usual answer comes first.
+        """
+        cuda = torch.backends.cuda  # its settings hold for CPUs too; torch starts with every kernel allowed
         if (
             cuda.flash_sdp_enabled()
             and cuda.mem_efficient_sdp_enabled()
             and cuda.math_sdp_enabled()
             and cuda.cudnn_sdp_enabled()
+            and not dynamo.is_forward_mode()
         ):
-            return ""  # this runs on every call of compiled code
+            return ""
+        if dynamo.is_forward_mode():
+            return "forward-mode differentiation is active around the call, and the kernel has no derivative"
         names = ("flash", "mem_efficient", "math", "cudnn")
-        return ", ".join(name for name in names if getattr(cuda, f"{name}_sdp_enabled")()) or "none"
+        allowed = ", ".join(name for name in names if getattr(cuda, f"{name}_sdp_enabled")()) or "none"
+        return (
+            "torch.nn.attention.sdpa_kernel or torch.backends.cuda.enable_..._sdp allows only these kernels: "
+            f"{allowed}; calls are rewritten where all are allowed"
+        )
 
 
 STATE = _State()
@@ -104,20 +114,9 @@ def guard_on_policy_in_force(base: Policy) -> None:
     dynamo.install_attribute_guard(__name__, "STATE", name, "token")
 
 
-def guard_on_attention_kernels() -> None:
-    """Makes the graph being compiled valid only while torch may use the attention kernels that it may use now."""
-    dynamo.install_attribute_guard(__name__, "STATE", "attention_kernels")
-
-
-def kernel_asked_for() -> str | None:
-    """Why attention called here must stay with torch's kernels, or None."""
-    allowed = STATE.attention_kernels
-    if not allowed:
-        return None
-    return (
-        f"torch.nn.attention.sdpa_kernel or torch.backends.cuda.enable_..._sdp allows only these kernels: {allowed}; "
-        "calls are rewritten where all are allowed"
-    )
+def guard_on_what_is_reserved() -> None:
+    """Makes the graph being compiled valid only while `STATE.reserved` is what it is now."""
+    dynamo.install_attribute_guard(__name__, "STATE", "reserved")
 
 
 class rewriting:

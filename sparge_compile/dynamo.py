@@ -26,7 +26,9 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.autograd import forward_ad as _forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
 Size = int | torch.SymInt
@@ -36,6 +38,8 @@ OperatorPacket = torch._ops.OpOverloadPacket
 HigherOrderOperator = torch._ops.HigherOrderOperator
 FUSED_ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 FUSED_MULTI_HEAD_ATTENTION = torch._native_multi_head_attention
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 _ROOT_LOCAL = re.compile(r"""L\[['"](\w+)['"]\]""")
 _STACK_ENTRY = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
@@ -275,11 +279,34 @@ def specialize(value: Any) -> Any:
     return node.pytype(value)
 
 
+def expression(size: Size) -> Any:
+    """A size as something to compare without a guard: equal expressions are equal sizes."""
+    return size if isinstance(size, int) else size.node.expr
+
+
 def hint(size: Size) -> int | None:
     """The size at hand, without a guard; None where it depends on data."""
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.has_hint() else None
+
+
+def symbols(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> dict[Any, int | None]:
+    """The symbols of a symbolic number, each with its value at hand, None where that depends on data."""
+    values = number.node.shape_env.backed_var_to_val
+    return {symbol: int(values[symbol]) if symbol in values else None for symbol in number.node.expr.free_symbols}
+
+
+def evaluated(number: torch.SymInt | torch.SymFloat | torch.SymBool, values: dict[Any, int]) -> int | float | bool:
+    """A symbolic number with numbers in place of its symbols. Adds no guard."""
+    return number.node.pytype(number.node.expr.xreplace(values))
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Inside, operations compute numbers, whatever modes the caller of the compiled function has set."""
+    with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+        yield
 
 
 def physical_layout(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -324,6 +351,39 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.layout == torch.strided
 
 
+def written_out(node: fx.Node, function: Callable[..., Any], fakes: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """The graph of ATen operations that `function` runs on these tensors of a graph, in the place of `node`.
+
+    Traced above autograd and autocast, so that scaled_dot_product_attention stays one node; without gradients.
+    """
+    caches = torch.is_autocast_cache_enabled()
+    with contextlib.ExitStack() as state:
+        state.enter_context(torch.no_grad())
+        for device, dtype, enabled in autocast_regions(node):
+            state.enter_context(torch.autocast(device, dtype, enabled))
+        torch.set_autocast_cache_enabled(False)  # it would keep casts of fake weights
+        state.callback(torch.set_autocast_cache_enabled, caches)
+        for mode in {fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)}:
+            state.enter_context(mode)  # what the function creates must be fake too
+        module: fx.GraphModule = make_fx(function, pre_dispatch=True)(*fakes)
+    for inner in module.graph.nodes:
+        set_example(inner, inner.meta.get("val"))
+    return module
+
+
+def autocast_regions(node: fx.Node) -> list[tuple[Any, ...]]:
+    """(device, dtype, enabled) of the autocast regions that are open where a node stands, outermost first."""
+    regions: dict[fx.Node, tuple[Any, ...]] = {}
+    for earlier in node.graph.nodes:
+        if earlier is node:
+            break
+        if earlier.target is _ENTER_AUTOCAST:
+            regions[earlier] = earlier.args[:3]
+        elif earlier.target is _EXIT_AUTOCAST:
+            regions.pop(earlier.args[0], None)
+    return list(regions.values())
+
+
 def compile_with_inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
 ) -> Callable[..., Any]:
@@ -346,7 +406,12 @@ def unwrapped_backend_errors() -> Iterator[None]:
 
 def is_transforming() -> bool:
     """Is a functorch transform (vmap, grad, jvp) or forward-mode differentiation active in this thread?"""
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._functorch.maybe_current_level() is not None or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Is forward-mode differentiation active? TorchDynamo's guards do not ask."""
+    return _forward_ad._current_level >= 0
 
 
 def is_traced_for_a_backend() -> bool:

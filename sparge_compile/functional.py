@@ -108,7 +108,8 @@ def attention(
         reason = "scale is a tensor"
     if reason is None and chosen.precision == "fp8":
         reason = "precision='fp8' has no kernel yet; use 'auto' or 'int8'"
-    short = min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
+    # An exported program serves other lengths than those it was traced with: there the operator decides, call by call.
+    short = not torch.compiler.is_exporting() and min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
     if reason is None and not short:
         reason = _unavailable(q.device, attn_mask is not None)
     if reason is not None or short:
@@ -136,6 +137,11 @@ def _unavailable(device: torch.device, has_mask: bool) -> str | None:
     return ops.unavailable(device, has_mask)
 
 
+@torch.compiler.assume_constant_result  # TorchDynamo enters the transforms inside a graph, and compiles none around it
+def _is_transforming() -> bool:
+    return dynamo.is_transforming()
+
+
 def _autocast(x: Tensor) -> Tensor:
     """What ambient autocast makes of an input of scaled_dot_product_attention."""
     device = x.device.type
@@ -151,7 +157,7 @@ def _why_dense(
         return f"dropout is active (dropout_p={dropout_p})"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "a gradient is needed and the kernel has no backward; run it under torch.no_grad()"
-    if not torch.compiler.is_compiling() and dynamo.is_transforming():
+    if dynamo.is_forward_mode() or _is_transforming():
         return "a torch.func transform or forward-mode differentiation is active"
     if any(x.is_nested or x.layout != torch.strided for x in (q, k, v)):
         return "q, k or v is not a dense tensor"
@@ -219,6 +225,7 @@ def _sparse(
         scale=scale,
         enable_gqa=enable_gqa,
         precision="int8" if policy.precision == "auto" else policy.precision,
+        min_tokens=policy.min_tokens,
     )
     if not return_stats:
         return result.reshape(*leading, *result.shape[-2:])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -46,7 +48,7 @@ def may_write(node: fx.Node) -> bool:
     if isinstance(node.target, dynamo.Operator):
         return node.target._schema.is_mutable
     if isinstance(node.target, dynamo.OperatorPacket):
-        return any(getattr(node.target, overload)._schema.is_mutable for overload in node.target.overloads())
+        return any(_writes(getattr(node.target, overload)._schema, node) for overload in node.target.overloads())
     name = op_name(node)
     if name in _IN_PLACE_NAMES or (name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE):
         return True
@@ -57,18 +59,28 @@ def may_write(node: fx.Node) -> bool:
     return "out" in node.kwargs or _asks_in_place(node)
 
 
+def _writes(schema: Any, node: fx.Node) -> bool:
+    """Would the call write if it is this overload? An `out` must be given for that."""
+    written = (a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return any(not argument.kwarg_only or argument.name in node.kwargs for argument in written)
+
+
 def _asks_in_place(node: fx.Node) -> bool:
     """`F.relu(x, True)` and `F.relu(x, inplace=True)` alike."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is not False
-    if not callable(node.target):
-        return False
+    place = _place_of_inplace(node.target)
+    return place is not None and place < len(node.args) and node.args[place] is not False
+
+
+@functools.cache
+def _place_of_inplace(function: Any) -> int | None:
+    """Which argument of a function is `inplace`, None for what has none; asking takes a third of a millisecond."""
     try:
-        parameters = list(inspect.signature(node.target).parameters)
+        parameters = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # a C function; none of torch's has such a parameter
-        return False
-    place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
-    return place < len(node.args) and node.args[place] is not False
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def written_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -77,9 +89,30 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
     Memory is told apart by the storage of the fake tensors, which views, aliases among the inputs and aliases made in
     ways nobody thought of all share.
     """
-    written = {dynamo.storage(argument) for node in graph.nodes if may_write(node) for argument in node.all_input_nodes}
+    writers = [node for node in graph.nodes if may_write(node) and not _fills_fresh_memory(node)]
+    written = {dynamo.storage(argument) for node in writers for argument in _targets(node)}
     written.discard(None)
     return {node for node in graph.nodes if dynamo.storage(node) in written}
+
+
+_CREATE = {"zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like"}
+_CREATE |= {"new_zeros", "new_ones", "new_full", "new_empty"}
+
+
+def _fills_fresh_memory(node: fx.Node) -> bool:
+    """`torch.zeros_like(x).masked_fill_(...)`: nobody ever sees what was there before, so it is no write."""
+    if op_name(node) != "masked_fill_" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    fresh = node.args[0]
+    return op_name(fresh) in _CREATE and "out" not in fresh.kwargs and list(fresh.users) == [node]
+
+
+def _targets(node: fx.Node) -> list[fx.Node]:
+    """What a call that may write may write to: a method or operator to its first argument, others to any."""
+    name = op_name(node)
+    in_first = node.op == "call_method" or name in _IN_PLACE_NAMES
+    first = node.args[0] if in_first and node.args and "out" not in node.kwargs else None
+    return [first] if isinstance(first, fx.Node) else node.all_input_nodes
 
 
 # Methods that change a tensor's shape or strides in place: what was recorded for it no longer is what the call saw.

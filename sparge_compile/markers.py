@@ -92,6 +92,10 @@ def tables_of(sites: Sequence[AttentionSite], markers: Sequence[Marker]) -> dict
             found.update(_tables_of_module(of_module, by_owner[place]))
         elif dynamo.is_compiling_frame() and _is_attached(*place):
             found.update((site.node, Refusal(_CUT_OFF)) for site in of_module)
+        elif dynamo.is_compiling_frame():
+            passed_over = [site for site in of_module if site.node.target is dynamo.FUSED_ENCODER_LAYER]
+            if passed_over and _is_attached(place[0], f"{place[1]}.self_attn".lstrip(".")):
+                found.update((site.node, Refusal(_PASSED_OVER)) for site in passed_over)
     return found
 
 
@@ -99,6 +103,10 @@ _CUT_OFF = (
     "a profile is attached to the module, but the call does not see it: a graph break inside the module's forward cuts "
     "it off (TORCH_LOGS=graph_breaks shows where), or another forward took the place of the attached one, as in an "
     "unpickled model (sparge_compile.Attachment.of(model).detach(), and attach again)"
+)
+_PASSED_OVER = (
+    "a profile is attached to the layer's self_attn, which the fast path of nn.TransformerEncoderLayer never calls; "
+    "make the profile from the model as it runs here, or set torch.backends.mha.set_fastpath_enabled(False)"
 )
 
 

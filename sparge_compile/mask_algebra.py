@@ -14,6 +14,7 @@ import torch
 
 from sparge_compile import dynamo
 from sparge_compile.dynamo import Size
+from sparge_compile.mask_indicators import evaluate_numbers
 from sparge_compile.mask_values import Affine, Closed, Open, Unproven, closes, each_affine
 
 Shape = Sequence[Size]
@@ -94,7 +95,7 @@ def _full(result: torch.Tensor, _size: Any, fill_value: Any, *_: Any, **__: Any)
 
 
 def _ones(result: torch.Tensor, *_: Any, **__: Any) -> Open | Closed:
-    return _fill(result, 1)
+    return _fill(result, 1)  # of booleans
 
 
 def _zeros(result: torch.Tensor, *_: Any, **__: Any) -> Open | Closed:
@@ -154,6 +155,8 @@ def _convert(result: torch.Tensor, value: Any, *_: Any, **__: Any) -> Any:
         boolean = isinstance(value, Open) and not value.additive
         if boolean and result.dtype == torch.bool:
             return value
+        if isinstance(value, Open) and not boolean and result.dtype == torch.bool:
+            return _not(result, Open(value.bounds))  # what is added is zero where the mask is open
         if not boolean and result.dtype.is_floating_point and closes(value.closing, result.dtype):
             return value
     raise Unproven("the mask changes its type")
@@ -210,6 +213,15 @@ def _index(a: Affine, items: tuple[Any, ...], rank: int) -> Affine:
     return Affine(tuple(out), offset)
 
 
+def _transpose(result: torch.Tensor, value: Any, first: int, second: int) -> Any:
+    def swap(a: Affine) -> Affine:
+        c = list(a.aligned(result.dim()).coefficients)
+        c[first], c[second] = c[second], c[first]
+        return Affine(tuple(c), a.offset)
+
+    return each_affine(value, swap)
+
+
 def _swapped(operation: Callable[..., Any]) -> Callable[..., Any]:
     return lambda result, left, right: operation(result, right, left)
 
@@ -247,6 +259,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "tril": partial(_triangle, lower=True),
     "triu": partial(_triangle, lower=False),
     "masked_fill": _masked_fill,
+    "masked_fill_": _masked_fill,
     "where": _where,
     "to": _convert,
     "bool": _convert,
@@ -262,6 +275,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "expand_as": _broadcast,
     "broadcast_to": _broadcast,
     "unsqueeze": _unsqueeze,
+    "transpose": _transpose,
     "getitem": _getitem,
     "__getitem__": _getitem,
 }
@@ -278,6 +292,9 @@ def evaluate(name: str, result: torch.Tensor, args: tuple[Any, ...], kwargs: dic
     Raises:
         Unproven: the operation, or this use of it, is not understood.
     """
+    value = evaluate_numbers(name, result, args, kwargs, evaluate)
+    if value is not None:
+        return each_affine(value, lambda a: _normalized(a, result.shape))
     operation = _TABLE.get(name)
     if operation is None:
         raise Unproven(f"the mask goes through {name}, which is not understood")

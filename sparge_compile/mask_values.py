@@ -61,6 +61,14 @@ class Closed:
     closing: float = -math.inf
 
 
+@dataclass(frozen=True)
+class Indicator:
+    """A tensor of numbers: 1 where `open` is, 0 elsewhere; `negated` the other way round."""
+
+    open: Open
+    negated: bool = False
+
+
 def closes(value: Any, dtype: torch.dtype) -> bool:
     """Does adding `value` in this float type close a position? The lowest number of a narrower type need not."""
     return isinstance(value, (int, float)) and value <= torch.finfo(dtype).min
@@ -72,4 +80,6 @@ def each_affine(value: Any, change: Callable[[Affine], Affine]) -> Any:
         return change(value)
     if isinstance(value, Open):
         return replace(value, bounds=tuple(change(b) for b in value.bounds))
+    if isinstance(value, Indicator):
+        return replace(value, open=each_affine(value.open, change))
     return value

@@ -9,7 +9,9 @@ below, a tensor that comes from outside the graph, or a write in place anywhere 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from sparge_compile.mask_algebra import evaluate
 from sparge_compile.mask_values import Affine, Open, Unproven
 from sparge_compile.site import Mask
 
+_NOTHING: Mapping[fx.Node, fx.Node] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class MaskMeaning:
@@ -31,19 +35,22 @@ class MaskMeaning:
     detail: str = ""
 
 
-def mask_meaning(mask: Mask, q_len: Size, k_len: Size, written: set[fx.Node]) -> MaskMeaning:
+def mask_meaning(
+    mask: Mask, q_len: Size, k_len: Size, written: set[fx.Node], outer: Mapping[fx.Node, fx.Node] = _NOTHING
+) -> MaskMeaning:
     """The meaning of a mask, boolean or additive, for queries i and keys j.
 
     Args:
         mask: of the call.
         q_len, k_len: the call's query and key counts.
         written: nodes whose storage may be written in place (`graph.written_nodes`).
+        outer: what stands outside for the placeholders of a piece (`pieces.Piece.inputs`).
     """
     node = mask.operand.node
     try:
         if mask.operand.order != tuple(range(len(mask.operand.order))):
             raise Unproven("the mask's dimensions are permuted")
-        value = _interpret(node, written)
+        value = _interpret(node, written, outer)
         if mask.hides:
             value = evaluate("logical_not", dynamo.example(node), (value,), {})
         if not isinstance(value, Open):
@@ -53,7 +60,7 @@ def mask_meaning(mask: Mask, q_len: Size, k_len: Size, written: set[fx.Node]) ->
         return MaskMeaning("data", str(unproven))
 
 
-def _interpret(mask: fx.Node, written: set[fx.Node]) -> Any:
+def _interpret(mask: fx.Node, written: set[fx.Node], outer: Mapping[fx.Node, fx.Node]) -> Any:
     """The abstract value of a node, its inputs first. Iterative: mask graphs can be deep."""
     values: dict[fx.Node, Any] = {}
     pending = [mask]
@@ -62,13 +69,14 @@ def _interpret(mask: fx.Node, written: set[fx.Node]) -> Any:
         if node in values:
             pending.pop()
             continue
-        waiting = [n for n in node.all_input_nodes if n not in values and not _is_number(n)]
-        if waiting and node.op in ("call_function", "call_method"):
+        inputs = [outer[node]] if node in outer else node.all_input_nodes
+        waiting = [n for n in inputs if n not in values and not _is_number(n)]
+        if waiting and (node in outer or node.op in ("call_function", "call_method")):
             pending.extend(waiting)
             continue
         if node in written:
             raise Unproven("the mask is written in place")
-        values[node] = _apply(node, values)
+        values[node] = values[outer[node]] if node in outer else _apply(node, values)
         pending.pop()
     return values[mask]
 
@@ -87,7 +95,19 @@ def _apply(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
     args = fx.node.map_aggregate(node.args, plain)
     kwargs = fx.node.map_aggregate(node.kwargs, plain)
-    return evaluate(op_name(node), result, args, kwargs)
+    name = "broadcast_to" if _adds_leading_ones(node, result) else op_name(node)
+    return evaluate(name, result, args, kwargs)
+
+
+def _adds_leading_ones(node: fx.Node, result: torch.Tensor) -> bool:
+    """Is this a view that only puts dimensions of size 1 in front?"""
+    source = node.args[0] if op_name(node) in ("view", "reshape") else None
+    if not isinstance(source, fx.Node) or not isinstance(dynamo.example(source), torch.Tensor):
+        return False
+    shape = dynamo.example(source).shape
+    added = result.dim() - len(shape)
+    wanted = (*(1,) * added, *shape)
+    return added >= 0 and all(dynamo.known(a == b) for a, b in zip(result.shape, wanted, strict=True))
 
 
 def _is_number(node: fx.Node) -> bool:

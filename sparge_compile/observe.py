@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from sparge_compile.backend import decide_sites
 from sparge_compile.markers import take_markers
 from sparge_compile.operands import with_four_dimensions
+from sparge_compile.pieces import StandsFor, copy_piece
 from sparge_compile.policy import Policy
 from sparge_compile.rewrite import attn_mask
 from sparge_compile.search import Call
@@ -111,12 +112,20 @@ def _look_on(graph: fx.Graph, decision: Decision) -> None:
         with torch.autocast(query.device.type, enabled=False):
             observer.saw(site, _call(claim, query, key, value, dense, mask))
 
-    operands = (claim.query, claim.key, claim.value, claim.output)
-    with graph.inserting_after(claim.site.node):
+    node, piece = claim.site.node, claim.site.piece
+    stands_for: StandsFor = _itself
+    with graph.inserting_after(node):
         looks = graph.call_function(look_on)
     with graph.inserting_before(looks):
-        tensors = [with_four_dimensions(graph, operand, operand.node) for operand in operands]
-        looks.args = (*tensors, attn_mask(graph, claim, lambda node: node))
+        if piece is not None:  # the call itself runs too: what the model computes stays what it was
+            stands_for = copy_piece(graph, piece, node, _itself, claim.output.node)
+        operands = (claim.query, claim.key, claim.value, claim.output)
+        tensors = [with_four_dimensions(graph, operand, stands_for(operand.node)) for operand in operands]
+        looks.args = (*tensors, attn_mask(graph, claim, stands_for))
+
+
+def _itself(node: fx.Node) -> fx.Node:
+    return node
 
 
 def _call(claim: Claim, query: Tensor, key: Tensor, value: Tensor, dense: Tensor, mask: Tensor | None) -> Call:

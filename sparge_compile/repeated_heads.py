@@ -24,7 +24,7 @@ def unrepeat(operand: Operand, written: set[fx.Node]) -> tuple[Operand, int]:
     """
     if operand.missing:
         return operand, 1
-    permuted, chain = _before_permutations(operand)
+    permuted, chain = before_permutations(operand)
     heads = permuted.dims[1]
     assert heads is not None
     for read in (_from_expand, _from_repeat_interleave):
@@ -37,17 +37,17 @@ def unrepeat(operand: Operand, written: set[fx.Node]) -> tuple[Operand, int]:
     return operand, 1
 
 
-def _before_permutations(operand: Operand) -> tuple[Operand, list[fx.Node]]:
+def before_permutations(operand: Operand) -> tuple[Operand, list[fx.Node]]:
     """(the tensor whose dimensions were permuted into the operand, the nodes that did)."""
     chain: list[fx.Node] = []
-    while (order := _order(operand.node)) is not None:
+    while (order := permutation(operand.node)) is not None:
         chain.append(operand.node)
         first, second, third, last = (None if dim is None else order[dim] for dim in operand.dims)
-        operand = Operand(operand.node.all_input_nodes[0], (first, second, third, last))
+        operand = Operand(operand.node.all_input_nodes[0], (first, second, third, last), operand.heads)
     return operand, chain
 
 
-def _order(node: fx.Node) -> tuple[int, ...] | None:
+def permutation(node: fx.Node) -> tuple[int, ...] | None:
     """Which dimension of its input each dimension of a permuted tensor is; None for what is no permutation."""
     source = node.args[0] if node.args else None
     shape = _shape(source) if isinstance(source, fx.Node) else None
@@ -56,12 +56,16 @@ def _order(node: fx.Node) -> tuple[int, ...] | None:
     rank, arguments = len(shape), node.args[1:]
     if op_name(node) == "contiguous" and not arguments:
         return tuple(range(rank))
+    if op_name(node) == "getattr" and arguments == ("mT",):
+        return (*range(rank - 2), rank - 1, rank - 2)
+    if op_name(node) == "t" and not arguments and rank == 2:
+        return (1, 0)
     if op_name(node) == "permute" and len(arguments) == 1 and isinstance(arguments[0], (list, tuple)):
         arguments = tuple(arguments[0])
     dims = [dim % rank for dim in arguments if isinstance(dim, int)]
     if op_name(node) == "permute":
         return tuple(dims) if len(dims) == len(arguments) == rank else None
-    if op_name(node) != "transpose" or not len(dims) == len(arguments) == 2:
+    if op_name(node) not in ("transpose", "swapaxes", "swapdims") or not len(dims) == len(arguments) == 2:
         return None
     order, (left, right) = list(range(rank)), dims
     order[left], order[right] = order[right], order[left]

@@ -144,7 +144,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def describe(site: AttentionSite, outcome: Decision | Refusal, variant: int | None = None) -> SiteReport:
     """The report line of one decided site; `variant`: as in `SiteReport`."""
     sizes = _sizes(site)
-    output = dynamo.example(site.node)
+    output = dynamo.example(site.node) if site.output is None else dynamo.example(site.output.node)
     common = {
         "name": site.name,
         "pattern": site.pattern,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import fx
 
 from sparge_compile import dynamo
 from sparge_compile.operands import as_in, call, memory_order, method, with_four_dimensions
+from sparge_compile.pieces import copy_piece, replace_first_result
 from sparge_compile.site import Claim, Decision
 from sparge_kernels.thresholds import pack
 
@@ -30,34 +32,50 @@ def rewrite(gm: fx.GraphModule, decisions: Sequence[Decision]) -> None:
 
 def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, fx.Node]) -> None:
     """`replaced` maps the nodes of earlier sites, which may be this one's inputs, to what stands for them now."""
-    node = decision.claim.site.node
+    claim = decision.claim
+    node, piece = claim.site.node, claim.site.piece
+
+    def stands_for(operand: fx.Node) -> fx.Node:
+        return replaced.get(operand, operand)
+
     with graph.inserting_before(node):
-        replacement = attend(graph, decision, lambda operand: replaced.get(operand, operand))
+        if piece is None:
+            replacement = attend(graph, decision, stands_for)
+        else:
+            write_attention = partial(attend, graph, decision)
+            now = copy_piece(graph, piece, node, stands_for, claim.output.node, write_attention)
+            replacement = now(piece.result)
     replacement.meta = {**node.meta, **replacement.meta}
-    node.replace_all_uses_with(replacement)
-    graph.erase_node(node)
-    replaced[node] = replacement
+    replaced.update(dict.fromkeys(replace_first_result(node, replacement), replacement))
 
 
-def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node:
+def attend(
+    graph: fx.Graph,
+    decision: Decision,
+    stands_for: Callable[[fx.Node], fx.Node],
+    operator: Callable[..., torch.Tensor] = torch.ops.sparge.attention.default,
+) -> fx.Node:
     """New nodes that compute a decided site, and the last of them, which has the dimensions of the site's output.
 
     Args:
         graph: where to insert, at its insert point.
         decision: what to compute.
         stands_for: the node of `graph` for each node of the claim.
+        operator: what takes the operator's arguments.
     """
     claim, table = decision.claim, decision.table
-    inputs = [
+    query, key, value = (
         _cast(graph, with_four_dimensions(graph, operand, stands_for(operand.node)), claim.dtype)
         for operand in (claim.query, claim.key, claim.value)
-    ]
+    )
     mask = attn_mask(graph, claim, stands_for)
     numbers = {} if table is None else {"threshold_table": method(graph, stands_for(table), "view", torch.float64)}
     output = call(
         graph,
-        torch.ops.sparge.attention.default,
-        *inputs,
+        operator,
+        query,
+        key,
+        value,
         **({} if mask is None else {"attn_mask": mask}),
         **numbers,
         thresholds=pack(decision.thresholds),
@@ -71,7 +89,27 @@ def attend(graph: fx.Graph, decision: Decision, stands_for: Callable[[fx.Node], 
         layout=memory_order(claim.output),
         site=claim.site.name,
     )
+    if mask is not None and claim.site.empty_rows != "zero":
+        output = _with_empty_rows(graph, claim, mask, value, output)
     return as_in(graph, claim.output, output)
+
+
+def _with_empty_rows(graph: fx.Graph, claim: Claim, mask: fx.Node, value: fx.Node, output: fx.Node) -> fx.Node:
+    """The output with what the replaced call gives where a query may attend to nothing; the operator gives zeros."""
+    if dynamo.example(mask).dtype == torch.bool:
+        empty = call(graph, torch.logical_not, call(graph, torch.any, mask, -1, True))
+    else:
+        empty = call(graph, torch.all, call(graph, torch.eq, mask, -math.inf), -1, True)
+    order = memory_order(claim.output)  # of which the operations below would not keep what is broadcast
+    in_memory, rows = (method(graph, tensor, "permute", order) for tensor in (output, empty))
+    if claim.site.empty_rows == "nan":
+        filled = method(graph, in_memory, "masked_fill", rows, math.nan)
+    else:
+        mean = method(graph, value, "mean", 2, True)
+        groups = dynamo.specialize(claim.query.shape[1]) // dynamo.specialize(claim.value.shape[1])
+        mean = mean if groups == 1 else method(graph, mean, "repeat_interleave", groups, 1)
+        filled = call(graph, torch.where, rows, method(graph, mean, "permute", order), in_memory)
+    return method(graph, filled, "permute", [order.index(dim) for dim in range(4)])
 
 
 def attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node | None:
@@ -86,7 +124,7 @@ def attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.
         one = call(graph, torch.logical_not, one) if mask.hides else one
         attend = one if attend is None else call(graph, torch.logical_and, attend, one)
     if attend is not None and added is not None:
-        return call(graph, torch.where, attend, added, -math.inf)
+        return method(graph, added, "masked_fill", call(graph, torch.logical_not, attend), -math.inf)
     return added if attend is None else attend
 
 

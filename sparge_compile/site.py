@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from sparge_compile.operands import Operand
+from sparge_compile.pieces import Piece
 from sparge_kernels.thresholds import Thresholds
+
+NEEDS_GRADIENT = "a gradient is needed here and the kernel has no backward; run it under torch.no_grad()"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class AttentionSite:
         masks: all of them hold.
         dropout_p, is_causal, scale, enable_gqa: the arguments as given: constants, or nodes.
         unmatched: why the matcher could not read the call, or None.
+        piece: where `node` is an opaque call, what it computes; the tensors of the call are nodes of its graph.
+        several_nodes: the call is several nodes and not one. What it reads must not change between them, it is proven
+            equal before it is rewritten (proof.py), and no operand may lose digits.
+        empty_rows: what queries give that may attend to nothing: `zero` (as SDPA does), `nan`, or the `mean` of the
+            values of all keys.
     """
 
     node: fx.Node
@@ -52,6 +60,9 @@ class AttentionSite:
     scale: Any = None
     enable_gqa: Any = False
     unmatched: str | None = None
+    piece: Piece | None = None
+    several_nodes: bool = False
+    empty_rows: Literal["zero", "nan", "mean"] = "zero"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ Arguments of both:
         arguments alone. Empty is [0, 2, 1, 3]: the order B, S, H, D.
     site: the attention site's name, for `record_stats`.
 
-The operator is opaque: define plus one implementation per device. It has no backward.
+The operator is opaque: define plus one implementation per device. It has no backward (an error), and forward-mode
+differentiation passes it by, as every operator of torch.library: `sparge_compile.attention` is dense there.
 """
 
 from __future__ import annotations

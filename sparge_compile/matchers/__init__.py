@@ -8,11 +8,16 @@ from dataclasses import replace
 
 from torch import fx
 
-from sparge_compile.matchers import mha, sdpa, softmax
+from sparge_compile.matchers import fused, mha, sdpa, softmax
 from sparge_compile.matchers.naming import module_name, source_location
 from sparge_compile.site import AttentionSite
 
-MATCHERS: list[Callable[[fx.GraphModule], list[AttentionSite]]] = [sdpa.match, mha.match, softmax.match]
+MATCHERS: list[Callable[[fx.GraphModule], list[AttentionSite]]] = [
+    sdpa.match,
+    mha.match,
+    fused.match,
+    softmax.match,
+]
 
 _NESTED = "the call is inside the sub-graph of a higher-order operator (checkpoint, cond, a nested compile region)"
 

@@ -1,88 +1,67 @@
-"""Attention written out by hand: a matrix product, a softmax, a matrix product. Reported; not rewritten yet.
+"""Attention written out by hand: a product of queries and keys, a softmax, a product of weights and values.
 
-Also kernels of other libraries that arrive as an opaque call (flash-attn, xformers, flex_attention): a user who asks
-where attention is must see them.
+What is read here is proven equal by numbers before it is rewritten (proof.py). What looks like attention and cannot be
+read is reported with the reason.
 """
 
 from __future__ import annotations
 
-import operator
-import re
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from sparge_compile import dynamo
 from sparge_compile.graph import op_name
-from sparge_compile.site import AttentionSite
-
-_SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax}
-_PRODUCTS = {torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, torch.functional.einsum}
-_PRODUCT_METHODS = {"matmul", "bmm", "baddbmm", "__matmul__", "__rmatmul__"}
-_OTHER_KERNELS = re.compile(
-    r"flash_attn|flash_attention|xformers|memory_efficient_attention|flex_attention|sageattn|sage_attn|varlen_attn"
+from sparge_compile.matchers import lookalikes
+from sparge_compile.matchers.operand_sources import as_narrow, before_merge, before_widening, heads_of, taken_apart
+from sparge_compile.matchers.products import Product, Unread, check_no_broadcast, is_product, read_product
+from sparge_compile.matchers.score_path import (
+    Scores,
+    changes_in_place,
+    first_scores,
+    keeps_scores,
+    product_letters,
 )
-# What may stand between the products and the softmax: operations that keep a map of scores a map of scores.
-_ON_SCORES = {
-    "add", "iadd", "add_", "sub", "isub", "mul", "imul", "mul_", "div", "div_", "truediv", "itruediv", "neg",
-    "masked_fill", "masked_fill_", "where", "to", "float", "half", "bfloat16", "double", "type", "type_as",
-    "dropout", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone", "detach",
-    "expand", "getitem", "clamp", "maximum", "tanh", "tril", "triu", "nan_to_num", "cat", "unsqueeze", "squeeze",
-}  # fmt: skip
-_REACH = 12
+from sparge_compile.operands import Dims, Operand
+from sparge_compile.site import AttentionSite, Mask
 
-
-_HAND_WRITTEN = (
-    "attention written out as matmul, softmax, matmul; this release rewrites F.scaled_dot_product_attention calls only "
-    "(many libraries select it with attn_implementation='sdpa')"
-)
-NOT_ATTENTION = "not_attention"
+NOT_ATTENTION = lookalikes.NOT_ATTENTION
 _NOT_OVER_KEYS = "matmul, softmax, matmul with a softmax that is not over the last dimension: this is not attention"
-
+_QUERIES, _KEYS = 2, 3
+_LONGEST_PATH = 24
+# What asks a tensor for its sizes or type only.
+_ASKS = {"size", "dim", "numel", "stride", "is_contiguous", "full_like", "zeros_like", "ones_like", "empty_like"}
+_ASKS |= {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "sym_size", "sym_numel", "sym_stride"}
 
 # Inductor's own attention pass ignores the dimension of the softmax: over queries or heads the result is wrong
 # (relative L1 .15 to .99, seen on 2.13). Only this option turns that pass off, for what we found not to be attention.
 KEEPS_INDUCTOR_OFF = {"pattern_matcher": False}
 
 
-def is_softmax(node: fx.Node) -> bool:
-    """Is this node a softmax, in function or method form?"""
-    if node.op == "call_function":
-        return node.target in _SOFTMAX_FUNCTIONS
-    return node.op == "call_method" and node.target == "softmax"
-
-
-def is_product(node: fx.Node, weights: set[int | None]) -> bool:
-    """Is this node a matrix product of two activations, in function, method or operator form?
-
-    `weights` is the memory of the parameters: a product with a view of one is a projection (a router, a classifier).
-    """
-    if node.op == "call_function":
-        product = node.target in _PRODUCTS
-    else:
-        product = node.op == "call_method" and node.target in _PRODUCT_METHODS
-    return product and not any(dynamo.storage(operand) in weights for operand in node.all_input_nodes)
-
-
-def _weights(graph: fx.Graph) -> set[int | None]:
-    return {dynamo.storage(n) for n in graph.nodes if isinstance(dynamo.example(n), torch.nn.Parameter)}
-
-
 def match(gm: fx.GraphModule) -> list[AttentionSite]:
-    """Every hand-written attention and every other library's attention call, with the reason it stays as it is."""
-    sites = []
-    weights = _weights(gm.graph)
+    """Every hand-written attention, read or with the reason it cannot be, and what does its work in other ways."""
+    sites: list[AttentionSite] = []
+    parameters = lookalikes.parameters(gm.graph)
     for node in gm.graph.nodes:
-        if is_softmax(node) and all(_reaches(node, weights, forward=forward) for forward in (False, True)):
-            if _is_over_last_dim(node):
-                sites.append(AttentionSite(node, "softmax", unmatched=_HAND_WRITTEN))
-            else:
-                sites.append(AttentionSite(node, NOT_ATTENTION, unmatched=_NOT_OVER_KEYS))
-        elif node.op == "call_function" and _OTHER_KERNELS.search(_target_name(node)):
-            reason = f"already a call of another attention kernel ({_target_name(node)})"
-            sites.append(AttentionSite(node, "opaque", unmatched=reason))
+        reason = lookalikes.reason(node, parameters)
+        if reason is not None:
+            sites.append(AttentionSite(node, reason.pattern, unmatched=reason.text))
+        elif lookalikes.is_softmax(node) and lookalikes.between_products(node, parameters):
+            sites.append(_site(node))
     return sites
+
+
+def _site(node: fx.Node) -> AttentionSite:
+    if not _is_over_last_dim(node):
+        return AttentionSite(node, NOT_ATTENTION, unmatched=_NOT_OVER_KEYS)
+    try:
+        return _read(node)
+    except Unread as unread:
+        return AttentionSite(node, "softmax", unmatched=f"attention written out, and not read: {unread}")
 
 
 def _is_over_last_dim(softmax: fx.Node) -> bool:
@@ -90,22 +69,187 @@ def _is_over_last_dim(softmax: fx.Node) -> bool:
     return dim in (-1, dynamo.example(softmax).dim() - 1)
 
 
-def _reaches(softmax: fx.Node, weights: set[int | None], *, forward: bool) -> bool:
-    """Is there a matrix product within reach, along nodes whose output is still a map of scores?"""
-    example = dynamo.example(softmax)
-    if not isinstance(example, torch.Tensor) or example.dim() < 2:
+@dataclass(frozen=True)
+class _Second:
+    """The second product: values and output, and the node that is the output."""
+
+    value: Operand
+    output: Operand
+
+
+def _read(softmax: fx.Node) -> AttentionSite:
+    path = _path_to_product(_softmax_input(softmax))
+    if path is None:
+        raise Unread("no product of queries and keys leads straight to the softmax")
+    product = read_product(path[0])
+    scores = first_scores(product, path[0])
+    for consumer, source in zip([*path[1:], softmax], path, strict=True):
+        for statement in _statements(source, consumer):
+            scores.apply(statement, source)
+        if consumer is not softmax:
+            scores.apply(consumer, source)
+    query, key = _query_and_key(product)
+    if scores.view.dims[_KEYS] != dynamo.example(softmax).dim() - 1:
+        if scores.view.dims[_QUERIES] != dynamo.example(softmax).dim() - 1:
+            raise Unread(_NOT_OVER_KEYS)
+        # The product was of keys and queries, and transposed since.
+        query, key = key, query
+        scores.view = _transposed(scores.view)
+        scores.masks = [replace(mask, operand=_transposed(mask.operand)) for mask in scores.masks]
+    second = _second_product(softmax, replace(scores.view, node=softmax))
+    return _assemble(scores, dynamo.example(path[0]), query, key, second)
+
+
+def _softmax_input(softmax: fx.Node) -> fx.Node:
+    given = softmax.args[0] if softmax.args else softmax.kwargs.get("input")
+    result = dynamo.example(softmax)
+    if not isinstance(given, fx.Node) or not isinstance(result, torch.Tensor):
+        raise Unread("the softmax is called with arguments that are not understood")
+    return given
+
+
+def _path_to_product(node: fx.Node) -> list[fx.Node] | None:
+    """The shortest way from a product to `node`: nodes, each an input of the next and as large."""
+    paths, seen = [[node]], {node}
+    for _ in range(_LONGEST_PATH):
+        found = next((path for path in paths if is_product(path[0])), None)
+        if found is not None:
+            return found
+        longer = []
+        for path in paths:
+            for source in path[0].all_input_nodes:
+                if source not in seen and _is_as_large(source, path[0]):
+                    seen.add(source)
+                    longer.append([source, *path])
+        paths = longer
+    return None
+
+
+def _is_as_large(source: fx.Node, node: fx.Node) -> bool:
+    before, after = dynamo.example(source), dynamo.example(node)
+    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)) or before.dim() < 2:
         return False
-    frontier, seen = [softmax], {softmax}
-    for _ in range(_REACH):
-        neighbours = [n for node in frontier for n in (node.users if forward else node.all_input_nodes)]
-        if any(is_product(n, weights) for n in neighbours):
-            return True
-        frontier = [n for n in neighbours if n not in seen and op_name(n) in _ON_SCORES]
-        seen.update(frontier)
-    return False
+    return before.dtype.is_floating_point and dynamo.known(before.numel() == after.numel())
 
 
-def _target_name(node: fx.Node) -> str:
-    name = getattr(node.target, "__name__", None) or str(node.target)
-    module = getattr(node.target, "__module__", None) or ""
-    return f"{module}.{name}" if module and module not in name else name
+def _statements(source: fx.Node, consumer: fx.Node) -> list[fx.Node]:
+    """Writes in place on `source` as statements, before its only other user: `scores.div_(8)`."""
+    users = [user for user in source.users if user is not consumer and not _only_asks(user, source)]
+    for user in users:
+        if not changes_in_place(user) or user.args[:1] != (source,) or user.users or not user < consumer:
+            raise Unread("the scores are returned or used elsewhere")
+    return sorted(users)
+
+
+def _only_asks(user: fx.Node, node: fx.Node) -> bool:
+    name = op_name(user)
+    if name in ("type_as", "expand_as", "view_as", "reshape_as"):
+        return user.args[:1] != (node,)
+    return name in _ASKS or (name == "getattr" and user.args[1:] in (("shape",), ("dtype",), ("device",)))
+
+
+def _query_and_key(product: Product) -> tuple[Operand, Operand]:
+    summed, shared = product_letters(product)
+    _check_sizes(product, shared)
+
+    def operand(node: fx.Node, letters: str) -> Operand:
+        (tokens,) = set(letters) - set(shared) - set(summed)
+        return Operand(node, _places(letters, shared, tokens, summed))
+
+    return operand(product.left, product.left_letters), operand(product.right, product.right_letters)
+
+
+def _check_sizes(product: Product, shared: str) -> None:
+    """One head for all queries may be broadcast, as GQA does; batches are checked with guards later."""
+    if len(shared) == 1:
+        check_no_broadcast(product, shared)
+
+
+def _places(letters: str, shared: Sequence[str], third: str, last: str) -> Dims:
+    batch, heads = (None,) * (2 - len(shared)) + tuple(letters.index(letter) for letter in shared)
+    return batch, heads, letters.index(third), letters.index(last)
+
+
+def _transposed(operand: Operand) -> Operand:
+    first, second, third, last = operand.dims
+    return replace(operand, dims=(first, second, last, third))
+
+
+def _second_product(softmax: fx.Node, weights: Operand) -> _Second:
+    node = softmax
+    while True:
+        users = [user for user in node.users if not _only_asks(user, node)]
+        if len(users) != 1:
+            raise Unread("the attention weights are returned or used elsewhere")
+        if is_product(users[0]):
+            return _values(read_product(users[0]), users[0], weights, node)
+        try:
+            weights = keeps_scores(users[0], node, weights)
+        except Unread as unread:
+            raise Unread(str(unread).replace("the scores", "the attention weights")) from None
+        node = users[0]
+
+
+def _values(product: Product, node: fx.Node, weights: Operand, source: fx.Node) -> _Second:
+    """The other side of the second product is the values, if it sums over the keys."""
+    if (product.left is source) == (product.right is source) or product.added is not None or product.scale != 1:
+        raise Unread("the second product is not of attention weights and values")
+    left = product.left is source
+    letters, others = product.left_letters, product.right_letters
+    value, (letters, others) = (product.right, (letters, others)) if left else (product.left, (others, letters))
+    summed, shared = product_letters(product)
+    names = [None if dim is None else letters[dim] for dim in weights.dims]
+    own = [letter for letter in others if letter not in letters]
+    queries = names[_QUERIES]
+    if names[_KEYS] != summed or queries is None or queries in others or len(own) != 1:
+        raise Unread("the second product does not sum the attention weights over the keys")
+    if set(shared) != {letter for letter in names[:2] if letter is not None}:
+        raise Unread("the second product has other dimensions for batch and heads than the first")
+    _check_sizes(product, shared)
+    places = [None if name is None else others.index(name) for name in (*names[:2], summed, own[0])]
+    outputs = [None if name is None else product.letters.index(name) for name in (*names[:3], own[0])]
+    return _Second(
+        Operand(value, (places[0], places[1], places[2], places[3]), weights.heads),
+        Operand(node, (outputs[0], outputs[1], outputs[2], outputs[3]), weights.heads),
+    )
+
+
+def _assemble(scores: Scores, product: torch.Tensor, query: Operand, key: Operand, second: _Second) -> AttentionSite:
+    if not math.isfinite(scores.scale):
+        raise Unread(f"the scale is {scores.scale}")
+    result = dynamo.example(second.output.node)
+    operands = [query, key, second.value, second.output, *(mask.operand for mask in scores.masks)]
+    heads = scores.heads or second.output.heads or heads_of(query)
+    if heads is not None:
+        operands = [before_merge(taken_apart(operand, heads, query)) for operand in operands]
+    elif query.dims[0] is None:
+        # A batch may be of any size, a number of heads is guarded on.
+        operands = [replace(x, dims=(x.dims[1], x.dims[0], x.dims[2], x.dims[3])) for x in operands]
+    query, key, value, output, *masked = operands
+    query = as_narrow("query", query, product.dtype, result.dtype)
+    key = as_narrow("key", key, product.dtype, result.dtype)
+    masks = tuple(
+        Mask(before_widening(operand, result.dtype), mask.hides)
+        for mask, operand in zip(scores.masks, masked, strict=True)
+    )
+    return AttentionSite(
+        output.node,
+        "softmax",
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        masks=masks,
+        scale=scores.scale,
+        enable_gqa=True,  # a product broadcasts one head over all of them
+        several_nodes=True,
+        empty_rows=_empty_rows(scores),
+    )
+
+
+def _empty_rows(scores: Scores) -> Literal["nan", "mean"]:
+    if scores.fill is None or scores.fill == -math.inf:
+        return "nan"
+    if not all(dynamo.example(mask.operand.node).dtype == torch.bool for mask in scores.masks):
+        raise Unread(f"scores are filled with {scores.fill} and added to: rows with nothing open could mean anything")
+    return "mean"

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from light import Attention
 from torch import nn
@@ -240,6 +241,27 @@ def test_the_policy_guard_reads_the_token_of_the_policy_in_force():
     assert Policy(topk=0.125).token in tokens
 
 
+def test_forward_mode_and_transforms_are_seen_and_a_guard_asks_for_forward_mode():
+    seen, compiles = [], []
+
+    def backend(gm, _):
+        compiles.append(gm)
+        return gm.forward
+
+    def function(x):
+        return x * (2 if dynamo.is_forward_mode() else 1)
+
+    compiled = torch.compile(function, backend=backend)
+    torch.vmap(lambda x: seen.append((dynamo.is_forward_mode(), dynamo.is_transforming())) or x)(X)
+    for _ in range(2):
+        assert torch.equal(compiled(X), X)
+        with forward_ad.dual_level():
+            seen.append((dynamo.is_forward_mode(), dynamo.is_transforming()))
+            assert torch.equal(compiled(X), X * 2), "TorchDynamo no longer guards on forward_ad._current_level"
+    assert seen == [(False, True), (True, True), (True, True)] and not dynamo.is_transforming()
+    assert len(compiles) == 2
+
+
 def test_the_kinds_of_operators_are_told_apart():
     assert isinstance(torch.ops.aten.add.Tensor, dynamo.Operator)
     assert isinstance(torch.ops.aten.add, dynamo.OperatorPacket)
@@ -304,3 +326,49 @@ def test_what_is_forbidden_in_graphs_is_an_error_there():
     dynamo.forbid_in_graphs(forbidden)
     with pytest.raises(Exception, match="forbidden"):
         torch.compile(lambda x: forbidden(x), backend="eager")(torch.ones(2))
+
+
+def test_a_function_is_written_out_with_its_attention_as_one_node_under_the_graphs_autocast():
+    def function(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = torch.nn.functional.linear(x, x[0, 0])
+        return F.scaled_dot_product_attention(x, x, x)
+
+    def project(x):
+        projected = F.linear(x, x[0, 0].clone().zero_())
+        return F.scaled_dot_product_attention(projected, projected, projected, torch.ones(6, 6).tril().bool())
+
+    def look(gm):
+        node = next(n for n in gm.graph.nodes if n.target is F.linear)
+        fakes = [dynamo.example(n) for n in gm.graph.nodes if n.op == "placeholder"]
+        inner, outer = (dynamo.written_out(n, project, fakes) for n in (node, attention_node(gm)))
+        return [
+            [(str(n.target), dynamo.example(n).dtype) for n in module.graph.nodes if n.op == "call_function"]
+            for module in (inner, outer)
+        ]
+
+    with torch.autocast("cpu", enabled=False):
+        inner, outer = inside_a_compile(look, function=function)
+    attention = "aten.scaled_dot_product_attention.default"
+    assert (attention, torch.bfloat16) in inner, "_enter_autocast, or make_fx(pre_dispatch=True), changed"
+    assert (attention, torch.float32) in outer, "_exit_autocast, or make_fx(pre_dispatch=True), changed"
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_symbolic_sizes_are_evaluated_with_other_numbers():
+    def look(gm):
+        size = dynamo.example(attention_node(gm).args[0]).shape[2]
+        ((symbol, at_hand),) = dynamo.symbols(size * 3).items()
+        return at_hand, dynamo.evaluated(size * 3, {symbol: 5}), dynamo.evaluated(size * 0.5, {symbol: 5})
+
+    x = torch.randn(2, 2, 6, 8)
+    torch._dynamo.mark_dynamic(x, 2)
+    assert inside_a_compile(look, x) == (6, 15, 2.5), "ShapeEnv.backed_var_to_val or SymNode.expr moved"
+
+
+def test_real_tensors_are_real_inside_fake_modes_and_the_users_modes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"), FakeTensorMode(), dynamo.real_tensors():
+        assert torch.ones(2, device="cpu").sum().item() == 2, "unset_fake_temporarily changed"
+        assert torch.ones(2).device.type == "cpu", "torch._C.DisableTorchFunction changed"

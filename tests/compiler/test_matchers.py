@@ -193,35 +193,6 @@ def test_the_source_is_the_line_of_the_call():
     assert backend.sites[0].source == f"{__file__}:{first + 1}"
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_multi_head_attention_is_reported_and_left_alone(training):
-    layer = nn.MultiheadAttention(16, 2, batch_first=True).train(training)
-    x = torch.randn(1, 4, 16)
-    out, backend = run(lambda x: layer(x, x, x, need_weights=False)[0], x)
-    assert [(s.pattern, s.rewritten) for s in backend.sites] == [
-        ("mha", False)
-    ] and "MultiheadAttention" in backend.reason
-    assert backend.before[0] == lines(backend.graphs[0].graph)
-    assert torch.equal(out, layer(x, x, x, need_weights=False)[0])
-
-
-HAND_WRITTEN = {
-    "matmul": lambda q, k, v: torch.softmax(torch.matmul(q, k.transpose(-2, -1)) * 0.3, dim=-1) @ v,
-    "einsum": lambda q, k, v: torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v),
-    "masked": lambda q, k, v: F.softmax((q @ k.mT).masked_fill(torch.ones(12, 12).triu(1).bool(), -1e9), -1) @ v,
-    "bmm": lambda q, k, v: torch.bmm(F.softmax(torch.bmm(q[0], k[0].mT), dim=-1, dtype=torch.float32), v[0]),
-    "dropout-between": lambda q, k, v: F.dropout(torch.softmax(q @ k.mT / 2, -1), 0.1, False).to(v.dtype) @ v,
-}
-
-
-@pytest.mark.parametrize("attention", HAND_WRITTEN.values(), ids=HAND_WRITTEN.keys())
-def test_hand_written_attention_is_reported_and_left_alone(attention):
-    q, k, v = qkv()
-    out, backend = run(attention, q, k, v)
-    assert [(site.pattern, site.rewritten) for site in backend.sites] == [("softmax", False)]
-    assert backend.before[0] == lines(backend.graphs[0].graph) and torch.equal(out, attention(q, k, v))
-
-
 def router(x, weight, experts):
     return torch.einsum("be,bed->bd", torch.softmax(F.linear(x, weight), -1), experts)
 

@@ -86,8 +86,19 @@ def test_gradients_of_the_inputs_are_those_of_dense():
     assert torch.equal(ours.grad, theirs.grad)
 
 
+def torch_notices_unfreezing():
+    compiles, layer = [], nn.Linear(16, 16)
+    compiled = torch.compile(layer, backend=lambda gm, _: compiles.append(gm) or gm.forward)
+    for wanted in (False, True):
+        layer.requires_grad_(wanted)
+        compiled(X)
+    return len(compiles) == 2
+
+
 def test_freezing_and_unfreezing_the_parameters_is_noticed():
     """Frozen, the model needs no gradient even in grad mode; the same graph must not serve it once it learns again."""
+    if not torch_notices_unfreezing():
+        pytest.skip("torch 2.11 has no guard on requires_grad of parameters: backend='inductor' loses gradients too")
     model, backend = Attention(), LightBackend()
     compiled = torch.compile(model, backend=backend)
     for wanted in (False, True, False, True):
