@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from zoo_entry import Call, Dense, Entry, Rewritten, from_diffusers, padding
+from zoo_entry import Call, Entry, Rewritten, from_diffusers, padding
 
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 32}
 
@@ -218,7 +218,7 @@ _UNET = tuple(
 DIFFUSION = [
     Entry("flux", _flux, (Rewritten("transformer_blocks.0.attn", 1), Rewritten("single_transformer_blocks.?.attn", 2))),
     Entry("unet", _unet, tuple(Rewritten(sites, 2) for sites in _UNET)),
-    Entry("unet-eager", _unet_eager, tuple(Dense(sites, 2, HAND, "softmax") for sites in _UNET)),
+    Entry("unet-eager", _unet_eager, tuple(Rewritten(sites, 2, pattern="softmax") for sites in _UNET)),
     Entry("sd3", _sd3, (Rewritten("transformer_blocks.?.attn", 2), Rewritten("transformer_blocks.0.attn2", 1))),
     Entry(
         "pixart",

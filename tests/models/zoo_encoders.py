@@ -70,7 +70,6 @@ def _bart() -> Call:
 _BART = {"layers": 1, "attention_heads": 4, "ffn_dim": 192}
 
 
-HAND = "attention written out"
 _BERT = "encoder.layer.?.attention.self"
 _T5 = (
     Rewritten("encoder.block.?.layer.0.SelfAttention", 2, mask="given"),
@@ -81,12 +80,12 @@ _T5 = (
 ENCODERS = [
     Entry("bert", _bert, (Rewritten(_BERT, 2),)),
     Entry("bert-padded", _bert_with_padding, (Rewritten(_BERT, 2, mask="given"),)),
-    Entry("bert-eager", _bert_eager, (Dense(_BERT, 2, HAND, "softmax"),)),
+    Entry("bert-eager", _bert_eager, (Rewritten(_BERT, 2, pattern="softmax"),)),
     Entry("modernbert", _modernbert, (Rewritten("layers.0.attn", 1), Rewritten("layers.1.attn", 1, mask="given"))),
     # Scores of content with positions, gathered for each query, are added.
-    Entry("deberta-v2", _deberta, (Dense(_BERT, 2, HAND, "softmax"),)),
-    Entry("mpnet", _mpnet, (Dense("encoder.layer.?.attention.attn", 2, HAND, "softmax"),)),
-    Entry("xlnet", _xlnet, (Dense("layer.?.rel_attn", 2, HAND, "softmax"),)),
+    Entry("deberta-v2", _deberta, (Dense(_BERT, 2, "scores are filled with", "softmax"),)),
+    Entry("mpnet", _mpnet, (Rewritten("encoder.layer.?.attention.attn", 2, "given", "softmax"),)),
+    Entry("xlnet", _xlnet, (Dense("layer.?.rel_attn", 2, "not a tensor of floats", "softmax"),)),
     # Its scores are chunks of a band, cut out of overlapping products and written in place into another tensor.
     Entry("longformer", _longformer, (), unlisted=2),
     # A learned position bias, a mask of floats, is added to the scores of self-attention.

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from zoo_entry import SMALL, Call, Dense, Entry, Rewritten, from_transformers, padding, tokens
 
-HAND = "attention written out"
-
 
 def llama(length: int = 300, **options: Any) -> Call:
     inputs = {"attention_mask": options.pop("attention_mask")} if "attention_mask" in options else {}
@@ -101,10 +99,10 @@ LANGUAGE = [
     Entry("llama", llama, (Rewritten(_LAYERS, 2, mask="causal"),)),
     Entry("llama-padded", _llama_with_padding, (Rewritten(_LAYERS, 2, mask="given"),)),
     Entry("llama-static-cache", _llama_with_static_cache, (Rewritten(_LAYERS, 2, "given"),)),
-    Entry("llama-eager", lambda: llama(attn_implementation="eager"), (Dense(_LAYERS, 2, HAND, "softmax"),)),
+    Entry("llama-eager", lambda: llama(attn_implementation="eager"), (Rewritten(_LAYERS, 2, "causal", "softmax"),)),
     Entry("mistral", _mistral, (Rewritten(_LAYERS, 2, mask="given"),)),
     # The scores go through tanh before the softmax.
-    Entry("gemma2", _gemma2, (Dense(_LAYERS, 2, HAND, "softmax"),)),
+    Entry("gemma2", _gemma2, (Dense(_LAYERS, 2, "softcap (tanh) on the scores", "softmax"),)),
     Entry(
         "gemma3",
         _gemma3,
@@ -113,12 +111,16 @@ LANGUAGE = [
             Rewritten("model.layers.[13].self_attn", 2, mask="causal"),
         ),
     ),
-    Entry("gpt2-eager", _gpt2, (Dense("transformer.h.?.attn", 2, HAND, "softmax"),)),
-    Entry("bloom", _bloom, (Dense("transformer.h.?.self_attention", 2, HAND, "softmax"),)),
+    Entry("gpt2-eager", _gpt2, (Rewritten("transformer.h.?.attn", 2, "causal", "softmax"),)),
+    Entry("bloom", _bloom, (Rewritten("transformer.h.?.self_attention", 2, "given", "softmax"),)),
     # One key head, broadcast over the query heads by the call itself, and a mask with ALiBi's slopes.
     Entry("falcon", _falcon, (Rewritten("transformer.h.?.self_attention", 2, "given"),)),
     # A learned sink takes a share of every softmax.
-    Entry("gpt-oss", _gpt_oss, (Dense(_LAYERS, 2, HAND, "softmax"),)),
+    Entry(
+        "gpt-oss",
+        _gpt_oss,
+        (Dense(_LAYERS, 2, "no product of queries and keys leads straight to the softmax", "softmax"),),
+    ),
     Entry("deepseek-v3", _deepseek, (Rewritten(_LAYERS, 2, mask="causal"),)),
     Entry("qwen3-moe", _qwen3_moe, (Rewritten(_LAYERS, 2, mask="causal"),)),
 ]

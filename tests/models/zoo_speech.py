@@ -62,8 +62,6 @@ def _speecht5() -> Call:
     return from_transformers("SpeechT5ForSpeechToText", config, **inputs)
 
 
-HAND = "attention written out"
-
 SPEECH = [
     Entry(
         "whisper",
@@ -78,22 +76,22 @@ SPEECH = [
         "whisper-eager",
         lambda: _whisper(attn_implementation="eager"),
         (
-            Dense("encoder.layers.?.self_attn", 1, HAND, "softmax"),
-            Dense("decoder.layers.?.self_attn", 1, HAND, "softmax"),
-            Dense("decoder.layers.?.encoder_attn", 1, HAND, "softmax"),
+            Rewritten("encoder.layers.?.self_attn", 1, pattern="softmax"),
+            Rewritten("decoder.layers.?.self_attn", 1, "causal", "softmax"),
+            Rewritten("decoder.layers.?.encoder_attn", 1, pattern="softmax"),
         ),
     ),
     Entry("wav2vec2", _wav2vec2, (Rewritten("encoder.layers.?.attention", 2),)),
     # Each query's own gate weighs a learned position bias.
-    Entry("wavlm", _wavlm, (Dense("encoder.layers.?.attention", 2, "nn.MultiheadAttention", "mha"),)),
+    Entry("wavlm", _wavlm, (Dense("encoder.layers.?.attention", 2, "returns the attention weights", "mha"),)),
     Entry("wav2vec2-conformer", _conformer, (Rewritten("encoder.layers.?.self_attn", 2, mask="given"),)),
     Entry(
         "speecht5",
         _speecht5,
         (
-            Dense("speecht5.encoder.wrapped_encoder.layers.?.attention", 1, HAND, "softmax"),
-            Dense("speecht5.decoder.wrapped_decoder.layers.?.self_attn", 1, HAND, "softmax"),
-            Dense("speecht5.decoder.wrapped_decoder.layers.?.encoder_attn", 1, HAND, "softmax"),
+            Rewritten("speecht5.encoder.wrapped_encoder.layers.?.attention", 1, "given", pattern="softmax"),
+            Rewritten("speecht5.decoder.wrapped_decoder.layers.?.self_attn", 1, "causal", "softmax"),
+            Rewritten("speecht5.decoder.wrapped_decoder.layers.?.encoder_attn", 1, pattern="softmax"),
         ),
     ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from zoo_entry import Call, Dense, Entry
+from zoo_entry import Call, Entry, Rewritten
 
 
 def _encoder() -> Call:
@@ -25,19 +25,16 @@ def _multihead() -> Call:
     return Call(module, (query, context, context), {"need_weights": False})
 
 
-_FUSED = "nn.TransformerEncoderLayer took its fused fast path"
-_OPAQUE = "nn.MultiheadAttention"
-
 TORCH = [
-    Entry("transformer-encoder", _encoder, (Dense("layers.?", 2, _FUSED, "mha"),)),
+    Entry("transformer-encoder", _encoder, (Rewritten("layers.?", 2, pattern="mha"),)),
     Entry(
         "transformer",
         _transformer,
         (
-            Dense("encoder.layers.?", 2, _FUSED, "mha"),
-            Dense("decoder.layers.?.self_attn", 2, _OPAQUE, "mha"),
-            Dense("decoder.layers.?.multihead_attn", 2, _OPAQUE, "mha"),
+            Rewritten("encoder.layers.?", 2, pattern="mha"),
+            Rewritten("decoder.layers.?.self_attn", 2, "causal", "mha"),
+            Rewritten("decoder.layers.?.multihead_attn", 2, pattern="mha"),
         ),
     ),
-    Entry("multihead-attention", _multihead, (Dense("MultiheadAttention", 1, _OPAQUE, "mha"),)),
+    Entry("multihead-attention", _multihead, (Rewritten("MultiheadAttention", 1, pattern="mha"),)),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from zoo_entry import SMALL, Call, Dense, Entry, Rewritten, from_transformers, tokens
+from zoo_entry import SMALL, Call, Entry, Rewritten, from_transformers, tokens
 
 PATCHES = {"image_size": 128, "patch_size": 8}  # 256 of them
 
@@ -96,12 +96,12 @@ def _qwen2_vl() -> Call:
     return Call(Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**config)), (), inputs)
 
 
-HAND = "attention written out"
-
 VISION = [
     Entry("vit", _vit, (Rewritten("layers.?.attention", 2),)),
     Entry(
-        "vit-eager", lambda: _vit(1, attn_implementation="eager"), (Dense("layers.?.attention", 2, HAND, "softmax"),)
+        "vit-eager",
+        lambda: _vit(1, attn_implementation="eager"),
+        (Rewritten("layers.?.attention", 2, pattern="softmax"),),
     ),
     Entry("beit", _beit, (Rewritten("layers.?.attention", 2, mask="given"),)),
     Entry("swin", _swin, (Rewritten("encoder.layers.0.blocks.?.attention", 2, mask="given"),)),
@@ -118,7 +118,7 @@ VISION = [
     Entry(
         "siglip",
         _siglip,
-        (Rewritten("encoder.layers.?.self_attn", 2), Dense("head.attention", 1, "nn.MultiheadAttention", "mha")),
+        (Rewritten("encoder.layers.?.self_attn", 2), Rewritten("head.attention", 1, pattern="mha")),
     ),
     Entry(
         "detr",
@@ -133,16 +133,16 @@ VISION = [
         "timesformer",
         _timesformer,
         (
-            Dense("encoder.layer.?.temporal_attention.attention", 2, HAND, "softmax"),
-            Dense("encoder.layer.?.attention.attention", 2, HAND, "softmax"),
+            Rewritten("encoder.layer.?.temporal_attention.attention", 2, pattern="softmax"),
+            Rewritten("encoder.layer.?.attention.attention", 2, pattern="softmax"),
         ),
     ),
     Entry(
         "perceiver",
         _perceiver,
         (
-            Dense("encoder.cross_attention.attention.self", 1, HAND, "softmax"),
-            Dense("encoder.self_attends.?.attention.self", 2, HAND, "softmax"),
+            Rewritten("encoder.cross_attention.attention.self", 1, pattern="softmax"),
+            Rewritten("encoder.self_attends.?.attention.self", 2, pattern="softmax"),
         ),
     ),
     Entry("qwen2-vl", _qwen2_vl, (Rewritten("blocks.?.attn:[12]", 4),)),  # a call for each of two images
