@@ -178,7 +178,8 @@ def _heads(
     if q_heads is None or k_heads is None or k_heads != v_heads:
         raise _Refused(f"the numbers of heads are not fixed or do not fit ({q_heads}, {k_heads}, {v_heads})")
     if q_heads != k_heads:
-        if not enable_gqa or k_heads == 0 or q_heads % k_heads:
+        # Without enable_gqa the call broadcasts one head over all, which is the same as sharing it.
+        if not (enable_gqa or k_heads == 1) or k_heads == 0 or q_heads % k_heads:
             raise _Refused(f"{q_heads} query heads over {k_heads} key heads (enable_gqa={enable_gqa})")
         return key, value, True
     single_key, key_repeats = unrepeat(key, written)

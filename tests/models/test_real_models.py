@@ -1,4 +1,4 @@
-"""Models of transformers and diffusers: every attention call is reported, and outputs agree with eager ones.
+"""Real models: every attention call is reported, outputs agree with eager ones, and the table of coverage is right.
 
 The kernel keeps every tile here (topk=1), so outputs differ from eager by quantization only. Most tests run the
 rewritten graphs without Inductor, which would take most of the time; a few go through `backend="sparge"` whole.
@@ -9,25 +9,31 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import coverage_table
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
-from zoo import ZOO, llama
-from zoo_entry import Call, Dense, Entry, Rewritten
+from zoo import ZOO
+from zoo_entry import Dense, Entry, Rewritten
+from zoo_language import llama
+from zoo_watch import UNIFORM, UNMASKED, EagerCall, eager, observed
 
 import sparge_compile as sparge
 from sparge_compile.backend import transform
 from sparge_kernels import ops
 
-POLICY = sparge.Policy(topk=1.0, min_tokens=0)
+POLICY = coverage_table.POLICY
 BY_NAME = {entry.name: entry for entry in ZOO}
 
-every_model = pytest.mark.parametrize("entry", ZOO, ids=[entry.name for entry in ZOO])
+
+def models(entries: Sequence[Entry]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("entry", entries, ids=[entry.name for entry in entries])
+
+
+every_model = models(ZOO)
+every_rewritten_model = models([entry for entry in ZOO if any(isinstance(found, Rewritten) for found in entry.found)])
 
 
 @pytest.fixture(autouse=True)
@@ -39,75 +45,29 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@dataclass(frozen=True)
-class EagerCall:
-    """One F.scaled_dot_product_attention call as the model made it."""
-
-    q_len: int
-    k_len: int
-    heads: int
-    head_dim: int
-    masked: bool
-    is_causal: bool
-
-
-@dataclass
-class WatchAttention(TorchFunctionMode):
-    """Records every attention call inside; `instead` runs in place of each, with the call's arguments by name."""
-
-    instead: Callable[..., Tensor] | None = None
-    calls: list[EagerCall] = field(default_factory=list)
-    softmaxes: int = 0
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in (F.softmax, torch.softmax, Tensor.softmax):
-            self.softmaxes += 1
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        named = {**dict(zip(_PARAMETERS, args, strict=False)), **kwargs}
-        query, key = named["query"], named["key"]
-        masked, is_causal = named.get("attn_mask") is not None, named.get("is_causal", False)
-        self.calls.append(EagerCall(query.shape[2], key.shape[2], query.shape[1], query.shape[3], masked, is_causal))
-        return (self.instead or function)(**named)
-
-
-_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-
-
-def uniform(query: Tensor, **others: Any) -> Tensor:
-    """Attention that weighs all keys it may attend to alike."""
-    return F.scaled_dot_product_attention(query=torch.zeros_like(query), **others)
-
-
-def unmasked(**arguments: Any) -> Tensor:
-    """Attention that forgets its mask."""
-    return F.scaled_dot_product_attention(**{**arguments, "attn_mask": None, "is_causal": False})
-
-
-def eager(call: Call, instead: Callable[..., Tensor] | None = None) -> tuple[list[Tensor], WatchAttention]:
-    with WatchAttention(instead) as watch:
-        return call.run(), watch
-
-
 class Graphs:
     """A backend that rewrites as `sparge` does and runs the graphs without Inductor.
 
     Attributes:
         sites: what was found in each graph.
+        ran: the names of the rewritten sites, whenever their graph ran; modules may share one.
     """
 
     def __init__(self) -> None:
         self.sites: list[list[sparge.SiteReport]] = []
+        self.ran: list[str] = []
         self._modules: list[fx.GraphModule] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.sites.append(transform(gm, POLICY))
+        sites = transform(gm, POLICY)
+        self.sites.append(sites)
         self._modules.append(gm)
-        return lambda *inputs: gm.forward(*inputs)
+
+        def run(*inputs: Any) -> Any:
+            self.ran += [site.name for site in sites if site.rewritten]
+            return gm.forward(*inputs)
+
+        return run
 
     def stop_quantizing(self) -> None:
         """From now on the graphs compute exactly, without being compiled again."""
@@ -131,56 +91,73 @@ def check_sites(sites: Sequence[sparge.SiteReport], found: Sequence[Rewritten | 
         assert len(group) == expected.count, f"{expected.sites}: {[site.name for site in sites]}"
         left = [site for site in left if site not in group]
         for site in group:
+            assert site.pattern == expected.pattern
             if isinstance(expected, Rewritten):
                 assert (site.rewritten, site.reason) == (True, None), site
-                assert site.is_causal == expected.is_causal, site
+                assert coverage_table.mask(site) == expected.mask, site
             else:
                 assert not site.rewritten, site
                 assert expected.reason in site.reason
     assert not left, [site.name for site in left]
 
 
+def shows(site: sparge.SiteReport, call: EagerCall) -> bool:
+    """A site that was rewritten has all its sizes, another those that its call shows."""
+    pairs = [(site.q_len, call.q_len), (site.k_len, call.k_len), (site.heads, call.heads)]
+    pairs.append((site.head_dim, call.head_dim))
+    known = [(reported, seen) for reported, seen in pairs if seen is not None and (site.rewritten or reported)]
+    return site.pattern == call.pattern and all(reported == seen for reported, seen in known)
+
+
 @every_model
 def test_report_lists_every_attention_call_of_the_eager_run(entry: Entry):
-    call = entry.call()
-    _, watch = eager(call)
+    call, _, calls = observed(entry)
 
-    report = sparge.explain(call.module, *call.args, policy=POLICY, **call.kwargs)
+    report = coverage_table.explained(entry)
 
-    sizes = [(site.q_len, site.k_len, site.heads, site.head_dim) for site in report.sites]
-    assert sizes == [(c.q_len, c.k_len, c.heads, c.head_dim) for c in watch.calls]
-    assert watch.softmaxes == 0  # else there is attention that the calls do not show
     check_sites(report.sites, entry.found)
-    modules = dict(call.module.named_modules())
+    assert len(report.sites) == len(calls) - entry.unlisted
+    if not entry.unlisted:
+        assert [(site, call) for site, call in zip(report.sites, calls, strict=True) if not shows(site, call)] == []
+    modules = {*dict(call.module.named_modules()), type(call.module).__name__}
     assert [site.name for site in report.sites if site.name.split(":")[0] not in modules] == []
 
 
-@every_model
+@every_rewritten_model
 def test_outputs_agree_with_eager(entry: Entry):
-    call = entry.call()
-    expected, _ = eager(call)
+    call, expected, _ = observed(entry)
     graphs = Graphs()
     compiled = torch.compile(call.module, backend=graphs)
 
     with ops.record_stats() as records:
         actual = call.run(compiled)
 
-    assert [record.site for record in records] == [s.name for sites in graphs.sites for s in sites if s.rewritten]
+    assert [record.site for record in records] == graphs.ran
     assert all(record.ran == "sparse" and bool((record.density == 1).all()) for record in records)
     assert relative_l1(actual, expected) < 0.03
     graphs.stop_quantizing()  # a wrong mask, scale or head would show however small its effect
     assert relative_l1(call.run(compiled), expected) < 1e-4
 
 
-@every_model
+@every_rewritten_model
 def test_outputs_depend_on_attention(entry: Entry):
     """Else agreement with eager would say nothing: attention that is wrong must move them."""
-    call = entry.call()
-    expected, watch = eager(call)
+    call, expected, calls = observed(entry)
 
-    assert relative_l1(eager(call, uniform)[0], expected) > 0.05
-    if any(c.masked or c.is_causal for c in watch.calls):
-        assert relative_l1(eager(call, unmasked)[0], expected) > 0.05
+    assert relative_l1(eager(call, UNIFORM)[0], expected) > 0.05
+    if any(c.masked for c in calls):
+        assert relative_l1(eager(call, UNMASKED)[0], expected) > 0.05
+
+
+@pytest.mark.timeout(900)  # alone it explains every model
+def test_table_of_coverage_is_what_is_found():
+    committed, installed = coverage_table.committed_versions(), coverage_table.installed_versions()
+    for library in ("transformers", "diffusers"):
+        if committed[library] != installed[library]:
+            pytest.skip(f"the table is of {library} {committed[library]}, this is {installed[library]}")
+
+    assert coverage_table.committed_table() == coverage_table.table()
+    assert coverage_table.committed_summary() == coverage_table.summary()
 
 
 def test_llama_of_dynamic_length_is_compiled_once():
@@ -203,8 +180,7 @@ def test_llama_of_dynamic_length_is_compiled_once():
 
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_the_backend_with_inductor_agrees_with_eager(name: str):
-    call = BY_NAME[name].call()
-    expected, _ = eager(call)
+    call, expected, _ = observed(BY_NAME[name])
     options = {"sparge.topk": 1.0, "sparge.min_tokens": 0}
 
     actual = call.run(torch.compile(call.module, backend="sparge", options=options))

@@ -19,17 +19,63 @@ class Call(NamedTuple):
 
     def run(self, function: Callable[..., Any] | None = None) -> list[Tensor]:
         """The floating-point tensors the module returns, without caches; `function` runs in the module's place."""
+        self.empty_caches()
         result = (self.module if function is None else function)(*self.args, **self.kwargs)
+        if isinstance(result, Tensor):
+            return [result]
         values = result.values() if isinstance(result, Mapping) else result
         return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
+    def empty_caches(self) -> None:
+        """Each call is a first one."""
+        for value in self.kwargs.values():
+            if hasattr(value, "reset"):
+                value.reset()
+
+
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+}
+
+
+def from_transformers(model: str, config: Mapping[str, Any], **inputs: Any) -> Call:
+    """A model of transformers by the name of its class, with a configuration of its own kind."""
+    import transformers
+
+    kind = getattr(transformers, model)
+    return Call(kind(kind.config_class(**config)), (), inputs)
+
+
+def from_diffusers(model: str, config: Mapping[str, Any], **inputs: Any) -> Call:
+    """A model of diffusers by the name of its class."""
+    import diffusers
+
+    return Call(getattr(diffusers, model)(**config), (), {**inputs, "return_dict": False})
+
+
+def tokens(batch: int, length: int, vocabulary: int = 256) -> Tensor:
+    return torch.randint(3, vocabulary, (batch, length))
+
+
+def padding(*lengths: int, to: int) -> Tensor:
+    """An attention_mask of transformers: 1 for a token, 0 for padding behind it."""
+    return (torch.arange(to) < torch.tensor(lengths)[:, None]).long()
+
 
 class Rewritten(NamedTuple):
-    """Sites that run `sparge::attention`: an fnmatch pattern on their names, and how many there are."""
+    """Sites that run `sparge::attention`: an fnmatch pattern on their names, how many there are, which mask they have.
+
+    `mask` is `causal`, `given` (to the kernel, as it is) or empty.
+    """
 
     sites: str
     count: int
-    is_causal: bool = False
+    mask: str = ""
+    pattern: str = "sdpa"
 
 
 class Dense(NamedTuple):
@@ -38,6 +84,7 @@ class Dense(NamedTuple):
     sites: str
     count: int
     reason: str
+    pattern: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -48,6 +95,7 @@ class Entry:
         name: of the test.
         build: makes the model and its input; `call` fixes the seed.
         found: the calls; each belongs to exactly one pattern.
+        unlisted: how many softmaxes over a map of scores the report does not list.
         gain: of the queries and the keys. 1.5 gives scores a standard deviation of about 2: a row of the softmax is
             neither uniform nor one-hot.
     """
@@ -56,6 +104,7 @@ class Entry:
     build: Callable[[], Call]
     found: tuple[Rewritten | Dense, ...]
     gain: float = 1.5
+    unlisted: int = 0
 
     def call(self) -> Call:
         """The model in eval mode with random weights, and its input. The same every time."""
@@ -78,7 +127,36 @@ def _make_attention_matter(module: nn.Module, gain: float) -> None:
                 part.weight.normal_(std=size * part.weight[0].numel() ** -0.5)
             elif kind in _NORMS_OF_QUERIES_AND_KEYS:
                 part.weight.fill_(gain)
+            elif type(part).__name__ == "Conv1D":  # transformers' own: [in, out]
+                size = gain if kind in _QUERIES_AND_KEYS else 1.0
+                part.weight.normal_(std=size * part.weight.shape[0] ** -0.5)
+            else:
+                _fill_parameters(part, gain)
 
 
-_QUERIES_AND_KEYS = ("q_proj", "k_proj", "to_q", "to_k", "query", "key", "q", "k", "add_q_proj", "add_k_proj")
+def _fill_parameters(part: nn.Module, gain: float) -> None:
+    """Weights that a module of attention holds itself, and tables of positions, which start from zero."""
+    for name, weight in part.named_parameters(recurse=False):
+        if name == "in_proj_weight":  # [out, in]
+            weight.normal_(std=gain * weight.shape[1] ** -0.5)
+        elif name in _XLNET:  # [in, heads, head_dim]
+            weight.normal_(std=(gain if name in _QUERIES_AND_KEYS else 1.0) * weight.shape[0] ** -0.5)
+        elif name in _POSITIONS:
+            weight.normal_()
+
+
+_QUERIES_AND_KEYS = (
+    *("q_proj", "k_proj", "add_q_proj", "add_k_proj", "to_q", "to_k", "linear_q", "linear_k", "query", "key", "q", "k"),
+    *("query_key_value", "c_attn", "qkv", "Wqkv"),  # the values with them
+)
 _NORMS_OF_QUERIES_AND_KEYS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+_XLNET = ("q", "k", "v", "o", "r")
+_POSITIONS = (
+    "relative_position_bias_table",
+    "rel_pos_h",
+    "rel_pos_w",
+    "pos_bias_u",
+    "pos_bias_v",
+    "r_w_bias",
+    "r_r_bias",
+)

@@ -107,10 +107,16 @@ def test_a_scale_that_changes_between_calls_is_never_stale(kind):
             torch.testing.assert_close(compiled(*inputs), model(*inputs), **CLOSE)
 
 
+@item(7, "compiled")
+def test_one_key_head_is_broadcast_over_all_query_heads():
+    q, k, v = qkv(heads=6, kv_heads=1)
+    is_rewritten(lambda q, k, v: SDPA(q, k, v, is_causal=True), q, k, v)
+
+
 REFUSED = {
     "5d": (lambda q, k, v: SDPA(q[None], k[None], v[None]), "5 dimensions"),
     "batch-broadcast": (lambda q, k, v: SDPA(q, k[:1], v[:1]), "batch sizes"),
-    "head-broadcast": (lambda q, k, v: SDPA(q, k[:, :1], v[:, :1]), "2 query heads over 1 key heads"),
+    "query-broadcast": (lambda q, k, v: SDPA(q[:, :1], k, v), "1 query heads over 2 key heads"),
     "float64": (lambda q, k, v: SDPA(q.double(), k.double(), v.double()), "float64"),
     "head-dim-over-256": (lambda q, k, v: SDPA(*(x.repeat(1, 1, 1, 33) for x in (q, k, v))), "264"),
     "meta": (lambda q, k, v: SDPA(*(torch.empty_like(x, device="meta") for x in (q, k, v))).shape[0] + q, "meta"),
