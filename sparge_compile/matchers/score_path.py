@@ -37,7 +37,7 @@ _VIEWS = {
     "permute",
     "t",
 }
-_VIEWS |= {"swapaxes", "swapdims", "getattr"}
+_VIEWS |= {"swapaxes", "swapdims", "getattr", "mT"}
 _IN_PLACE = {"add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "masked_fill_": "masked_fill"}
 _IN_PLACE |= {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 _SYNONYMS = {"truediv": "div", "divide": "div", "true_divide": "div", "multiply": "mul", "subtract": "sub"}
