@@ -118,7 +118,7 @@ def _decide_all(
         return [Refusal("rewriting is off (enabled=False)", requested=True) for _ in sites]
     blocked = context.STATE.reserved or blocker(gm.graph)
     if blocked:
-        return [Refusal(blocked) for _ in sites]
+        return [Refusal(site.unmatched or blocked) for site in sites]
     written = written_nodes(gm.graph)
     tables = {} if markers is None else tables_of(sites, markers)
     return [_decide(site, policy, written, tables.get(site.node)) for site in sites]

@@ -8,13 +8,14 @@ guarded on, so that they can be known.
 from __future__ import annotations
 
 import fnmatch
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import reshaped_in_place
+from sparge_compile.graph import reshaped_in_place, written_after_a_read
 from sparge_compile.masks import mask_meaning
 from sparge_compile.operands import Operand, keeps_digits
 from sparge_compile.policy import Policy
@@ -57,7 +58,8 @@ def _claim(site: AttentionSite, policy: Policy, written: set[fx.Node]) -> Claim:
     masks, is_causal = _read_masks(site, query, key, output, written)
     key, value, shares_heads = _heads(site, query, key, value, written)
     if site.several_nodes:
-        _check_unwritten({"query": query, "key": key, "value": value}, masks, written)
+        _check_unchanged({"query": query, "key": key, "value": value}, masks, output, written)
+        _check_finite(_scale(site.scale))
     return Claim(
         site=site,
         query=query,
@@ -99,11 +101,18 @@ def _check_plain(name: str, operand: Operand, device: torch.device) -> None:
         raise _Refused(f"the {name} is on {tensor.device}, the output on {device}")
 
 
-def _check_unwritten(inputs: dict[str, Operand], masks: tuple[Mask, ...], written: set[fx.Node]) -> None:
+def _check_unchanged(
+    inputs: dict[str, Operand], masks: tuple[Mask, ...], output: Operand, written: set[fx.Node]
+) -> None:
     """The operator reads everything where the last node of the call was."""
     for name, operand in (*inputs.items(), *(("mask", mask.operand) for mask in masks)):
-        if operand.node in written:
-            raise _Refused(f"the {name} may be written in place, before or after the scores are computed")
+        if operand.node in written and written_after_a_read(operand.node, output.node):
+            raise _Refused(f"the {name} may be written in place after a part of the call has read it")
+
+
+def _check_finite(scale: float | None) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise _Refused(f"the scale is {scale}")
 
 
 def _check_dropout(site: AttentionSite) -> None:
@@ -126,8 +135,7 @@ def _scale(scale: Any) -> float | None:
     """The scale as a number. A symbolic one (a lifted module attribute) is guarded on; a tensor stays dense."""
     if scale is None:
         return None
-    if isinstance(scale, fx.Node):
-        scale = dynamo.specialize(dynamo.example(scale))
+    scale = dynamo.specialize(dynamo.example(scale) if isinstance(scale, fx.Node) else scale)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise _Refused("scale is not a constant number (a tensor, or a value that changes from call to call)")
     return float(scale)

@@ -115,6 +115,17 @@ def _targets(node: fx.Node) -> list[fx.Node]:
     return [first] if isinstance(first, fx.Node) else node.all_input_nodes
 
 
+def written_after_a_read(node: fx.Node, last: fx.Node) -> bool:
+    """May what `node` holds be written between the first call that reads it and `last`?"""
+    storage = dynamo.storage(node)
+    first = min((user for user in node.users if not may_write(user)), default=node)
+    return any(
+        storage in [dynamo.storage(argument) for argument in _targets(writer)]
+        for writer in node.graph.nodes
+        if may_write(writer) and first < writer < last
+    )
+
+
 # Methods that change a tensor's shape or strides in place: what was recorded for it no longer is what the call saw.
 _RESHAPES_IN_PLACE = {"transpose_", "t_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "set_"}
 _RESHAPES_IN_PLACE |= {"resize_", "resize_as_"}

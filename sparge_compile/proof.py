@@ -160,8 +160,15 @@ def _run(piece: Iterable[fx.Node], output: fx.Node, inputs: dict[fx.Node, Tensor
     values = {node: value.clone() for node, value in inputs.items()}
     for node in piece:
         result = _step(node, values, small)
-        values[node] = result.double() if result.is_floating_point() else result
+        values[node] = _wide(result, dynamo.example(node).dtype) if result.is_floating_point() else result
     return values[output]
+
+
+def _wide(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """In double precision, but infinite where the type that the nodes compute in is."""
+    result = result.double()
+    too_large = result.abs() > torch.finfo(dtype).max
+    return torch.where(too_large, result * math.inf, result) if too_large.any() else result
 
 
 def _step(node: fx.Node, values: dict[fx.Node, Tensor], small: _Sizes) -> Tensor:

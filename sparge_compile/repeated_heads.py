@@ -56,7 +56,7 @@ def permutation(node: fx.Node) -> tuple[int, ...] | None:
     rank, arguments = len(shape), node.args[1:]
     if op_name(node) == "contiguous" and not arguments:
         return tuple(range(rank))
-    if op_name(node) == "getattr" and arguments == ("mT",):
+    if (op_name(node), *arguments) in (("getattr", "mT"), ("mT",)) and rank >= 2:  # ("mT",): from torch 2.15 on
         return (*range(rank - 2), rank - 1, rank - 2)
     if op_name(node) == "t" and not arguments and rank == 2:
         return (1, 0)

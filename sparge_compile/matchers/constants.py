@@ -23,6 +23,12 @@ def number(value: Any) -> int | float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+def factor(value: Any) -> Any:
+    """A constant, or a symbolic number as it is: the claim guards on it."""
+    found = dynamo.example(value) if isinstance(value, fx.Node) else None
+    return found if isinstance(found, (torch.SymInt, torch.SymFloat)) else constant(value)
+
+
 def constant(value: Any) -> float | None:
     """A number, or what a tensor made in the graph holds everywhere (`torch.full([], c)`), rounded as it is."""
     plain = number(value)
@@ -32,7 +38,12 @@ def constant(value: Any) -> float | None:
     if not isinstance(made, torch.Tensor) or not made.dtype.is_floating_point:
         return None
     found = _held(value)
-    return None if found is None else torch.tensor(found, dtype=made.dtype, device="cpu").item()
+    return None if found is None else rounded(found, made.dtype)
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number as a tensor of this type holds it: infinite, if it is too large."""
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 def _held(node: fx.Node) -> float | None:

@@ -30,7 +30,7 @@ _ON_SCORES = {
     "masked_fill", "masked_fill_", "where", "to", "float", "half", "bfloat16", "double", "type", "type_as",
     "dropout", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone", "detach",
     "expand", "getitem", "clamp", "maximum", "tanh", "tril", "triu", "nan_to_num", "cat", "unsqueeze", "squeeze",
-    "getattr", "t", "swapaxes", "swapdims", "exp",
+    "getattr", "mT", "t", "swapaxes", "swapdims", "exp",
 }  # fmt: skip
 _REACH = 12
 

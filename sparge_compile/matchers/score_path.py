@@ -15,10 +15,10 @@ from torch import fx
 
 from sparge_compile import dynamo
 from sparge_compile.graph import op_name
-from sparge_compile.matchers.constants import constant, number
+from sparge_compile.matchers.constants import constant, factor, number, rounded
 from sparge_compile.matchers.products import Product, Unread, is_float
 from sparge_compile.matchers.views import viewed
-from sparge_compile.operands import Operand
+from sparge_compile.operands import Operand, keeps_digits
 from sparge_compile.site import Mask
 
 # A finite number this low leaves a position no weight beside any ordinary score.
@@ -37,7 +37,7 @@ _VIEWS = {
     "permute",
     "t",
 }
-_VIEWS |= {"swapaxes", "swapdims", "getattr"}
+_VIEWS |= {"swapaxes", "swapdims", "getattr", "mT"}
 _IN_PLACE = {"add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "masked_fill_": "masked_fill"}
 _IN_PLACE |= {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 _SYNONYMS = {"truediv": "div", "divide": "div", "true_divide": "div", "multiply": "mul", "subtract": "sub"}
@@ -57,7 +57,7 @@ class Scores:
     """
 
     view: Operand
-    scale: float = 1.0
+    scale: Any = 1.0
     masks: list[Mask] = field(default_factory=list)
     fill: float | None = None
     heads: int | None = None
@@ -67,7 +67,9 @@ class Scores:
         name = canonical(node)
         if name in _STEPS:
             _STEPS[name](self, node, source)
+            self.converts_to(dynamo.example(node).dtype)
         else:
+            self.converts_to(dynamo.example(node).dtype)
             self.view, before = keeps_scores(node, source, self.view), self.view
             if before.dims[0] is None and before.heads is None and not dynamo.known(self.view.shape[0] == 1):
                 self.heads = dynamo.specialize(self.view.shape[1])
@@ -93,13 +95,21 @@ class Scores:
         self.masks.append(Mask(self._aligned(condition), hides))
         self.fill = value
 
-    def multiply(self, factor: float | None) -> None:
+    def converts_to(self, dtype: torch.dtype) -> None:
+        """What positions were filled with, and what was added to them, may become infinite in a narrower type."""
+        if self.fill is not None:
+            self.fill = rounded(self.fill, dtype)
+        added = [dynamo.example(m.operand.node).dtype for m in self.masks]
+        if any(one.is_floating_point and not keeps_digits(one, dtype) for one in added):
+            raise Unread(f"the scores are converted to {dtype} after a mask of {added[0]} was added")
+
+    def multiply(self, by: Any) -> None:
         """Multiplies by a constant. Masks that were added would be multiplied, too."""
-        if factor is None:
+        if by is None:
             raise Unread("the scale is not a constant number (a tensor, or a value that changes from call to call)")
         if self.masks:
             raise Unread("the scores are scaled after they were masked")
-        self.scale *= factor
+        self.scale = self.scale * by
 
     def _aligned(self, node: fx.Node) -> Operand:
         """A tensor beside the scores, as broadcasting sees it."""
@@ -178,13 +188,13 @@ def product_letters(product: Product) -> tuple[str, str]:
 
 
 def _multiply(scores: Scores, node: fx.Node, source: fx.Node) -> None:
-    scores.multiply(constant(_other(node, source)))
+    scores.multiply(factor(_other(node, source)))
     _moves_on(scores, node)
 
 
 def _divide(scores: Scores, node: fx.Node, source: fx.Node) -> None:
-    divisor = constant(_other(node, source))
-    if node.args[0] is not source or divisor == 0:
+    divisor = factor(_other(node, source))
+    if node.args[0] is not source or (isinstance(divisor, float) and divisor == 0):
         raise Unread("the scores are a divisor, or divided by zero")
     scores.multiply(None if divisor is None else 1 / divisor)
     _moves_on(scores, node)

@@ -88,6 +88,7 @@ def _read(softmax: fx.Node) -> AttentionSite:
             scores.apply(statement, source)
         if consumer is not softmax:
             scores.apply(consumer, source)
+    scores.converts_to(dynamo.example(softmax).dtype)
     query, key = _query_and_key(product)
     if scores.view.dims[_KEYS] != dynamo.example(softmax).dim() - 1:
         if scores.view.dims[_QUERIES] != dynamo.example(softmax).dim() - 1:
@@ -215,8 +216,6 @@ def _values(product: Product, node: fx.Node, weights: Operand, source: fx.Node) 
 
 
 def _assemble(scores: Scores, product: torch.Tensor, query: Operand, key: Operand, second: _Second) -> AttentionSite:
-    if not math.isfinite(scores.scale):
-        raise Unread(f"the scale is {scores.scale}")
     result = dynamo.example(second.output.node)
     operands = [query, key, second.value, second.output, *(mask.operand for mask in scores.masks)]
     heads = scores.heads or second.output.heads or heads_of(query)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from light import is_rewritten, lines, qkv, run, stays_dense
+from light import CLOSE, LightBackend, is_rewritten, lines, qkv, run, stays_dense
 from torch import nn
 
 MASK = torch.ones(12, 12, dtype=torch.bool).tril()
@@ -134,7 +134,6 @@ REFUSED = {
     "scores-read-then-written": (scores_read_before_they_are_written, "returned or used elsewhere"),
     "part-of-the-scores-written": (view_of_scores_written, "returned or used elsewhere"),
     "query-written": (query_written_in_between, "query may be written in place"),
-    "values-written": (values_written_in_between, "value may be written in place"),
     "mask-written": (mask_written_in_between, "mask may be written in place"),
     "tensor-scale": (scaled_by_a_tensor, "the scale is not a constant"),
     "scale-of-each-head": (scaled_by_a_tensor_of_heads, "the scale is not a constant"),
@@ -176,7 +175,7 @@ REFUSED = {
         lambda q, k, v: ((q[:1] @ k[:1].mT) + BIAS.expand(3, 1, 12, 12)).softmax(-1) @ v[:1].expand(3, 2, 12, 8),
         "no product of queries and keys",
     ),
-    "infinite-scale": (lambda q, k, v: ((q @ k.mT) * math.inf).softmax(-1).nan_to_num() @ v, "attention weights go"),
+    "infinite-scale": (lambda q, k, v: ((q @ k.mT) * math.inf).softmax(-1) @ v, "the scale is inf"),
 }
 
 
@@ -184,6 +183,66 @@ REFUSED = {
 def test_what_is_not_certain_stays_dense(function, reason):
     backend = stays_dense(function, *qkv(), reason=reason)
     assert backend.before[0] == lines(backend.graphs[0].graph)
+
+
+def test_a_scale_of_the_wrong_type_of_number_is_guarded_on():
+    """The compiled code is for one scale; another one compiles anew, and neither is wrong."""
+    q, k, v = qkv()
+
+    def attention(q, k, v, scale):
+        return (q @ k.mT * scale).softmax(-1) @ v
+
+    compiled = torch.compile(attention, backend=(backend := LightBackend()), dynamic=True)
+    with torch.no_grad():
+        for scale in (0.5, 0.25, 2, 3):
+            torch.testing.assert_close(compiled(q, k, v, scale), attention(q, k, v, scale), **CLOSE)
+    assert backend.sites
+
+
+NARROWED = {
+    "fill-of-fp32": lambda s, m: s.float().masked_fill(~m, torch.finfo(torch.float32).min).bfloat16().softmax(-1),
+    "where-in-fp16": lambda s, m: torch.where(m, s.half(), -1e9).softmax(-1).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("weights", NARROWED.values(), ids=NARROWED.keys())
+def test_a_fill_that_becomes_infinite_in_a_narrower_type_gives_nan_in_closed_rows(weights):
+    q, k, v = qkv(dtype=torch.bfloat16)
+    mask = torch.ones(12, 12, dtype=torch.bool)
+    mask[3] = False
+    mask[:, 7:] = False
+
+    def attention(q, k, v, mask):
+        return weights(q @ k.mT * 0.3, mask) @ v
+
+    backend = is_rewritten(attention, q, k, v, mask, tolerance={"rtol": 2e-2, "atol": 2e-2, "equal_nan": True})
+    assert attention(q, k, v, mask).isnan().any() and len(backend.operators()) == 1
+
+
+def test_a_mask_that_may_become_infinite_in_a_narrower_type_stays_dense():
+    def attention(q, k, v):
+        return (q @ k.mT + BIAS * 1e30).bfloat16().softmax(-1).float() @ v
+
+    stays_dense(attention, *qkv(), reason="after a mask of")
+
+
+def written_before(q, k, v):
+    q, k = q + 0, k + 0
+    q *= 0.3
+    k.mul_(0.5)
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def written_later(q, k, v):
+    v = v + 0
+    out = (q @ k.mT).softmax(-1) @ v
+    v.mul_(2.0)
+    return out + v
+
+
+@pytest.mark.parametrize("attention", [written_before, written_later, values_written_in_between])
+def test_writes_before_or_after_the_whole_call_do_no_harm(attention):
+    is_rewritten(attention, *qkv())
 
 
 NOT_OVER_KEYS = {
