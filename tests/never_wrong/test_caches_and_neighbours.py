@@ -1,4 +1,4 @@
-"""Across processes and beside other models: caches never serve a stale graph, and nobody else is touched."""
+"""Across processes: caches never serve a stale graph."""
 
 import json
 import os
