@@ -168,6 +168,16 @@ def uncompiled(model: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str,
     return original, getattr(link, "kwargs", {}).get("options")
 
 
+def is_compiled(model: Callable[..., Any]) -> bool:
+    """Has torch.compile made this function or module, or been applied to it or to a module in it?"""
+    if not isinstance(model, nn.Module):
+        return hasattr(model, "_torchdynamo_orig_callable")
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
 def _closure(function: Any) -> dict[str, Any]:
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     if code is None or not cells:

@@ -21,6 +21,7 @@ def run(work, policy):
     return output, F.scaled_dot_product_attention(work.q, work.k, work.v, **options), float(stats.density.mean())
 
 
+@pytest.mark.never_wrong(17, "native-direct")
 @pytest.mark.parametrize("tokens", [1536, 4096])
 @pytest.mark.parametrize("name", WORKLOADS)
 @torch.no_grad()

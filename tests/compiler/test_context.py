@@ -96,6 +96,7 @@ def test_a_policy_without_min_tokens_brings_the_break_even_back(compiled):
     assert f"min_tokens is {BREAK_EVEN['cpu']}" in compiled.backend.reason
 
 
+@pytest.mark.never_wrong(16, "compiled")
 def test_an_exception_restores_the_policy(compiled):
     compiled(X)
     with pytest.raises(KeyError), sparge.rewriting(topk=0.3), sparge.rewriting(enabled=False):
@@ -145,6 +146,7 @@ def test_decorating_a_generator_is_refused(function):
         sparge.rewriting(topk=0.3)(function)
 
 
+@pytest.mark.never_wrong(16, "compiled")
 def test_a_policy_in_one_thread_never_shows_in_another(compiled):
     inside, done, results = threading.Event(), threading.Event(), []
 
@@ -165,6 +167,7 @@ def test_a_policy_in_one_thread_never_shows_in_another(compiled):
     assert [topk_of(node) for node in compiled.backend.operators()] == [0.3, 0.0]
 
 
+@pytest.mark.never_wrong(16, "compiled")
 def test_a_policy_in_one_task_never_shows_in_another(compiled):
     async def task(topk, seen):
         with sparge.rewriting(topk=topk):
@@ -182,6 +185,7 @@ def test_a_policy_in_one_task_never_shows_in_another(compiled):
     assert sorted(topk_of(node) for node in compiled.backend.operators()) == [0.3, 0.6]
 
 
+@pytest.mark.never_wrong(16, "compiled")
 def test_leaving_a_context_out_of_order_never_undoes_another():
     def suspended():
         with sparge.rewriting(topk=0.3):

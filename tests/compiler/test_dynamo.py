@@ -101,11 +101,13 @@ def attention_of(x):
 def test_what_was_compiled_and_with_which_options_can_be_read_back(form):
     compiled, original = compiled_forms()[form]
     assert dynamo.uncompiled(compiled) == (original, OPTIONS), "_orig_mod, dynamo_ctx.callback or its kwargs moved"
+    assert dynamo.is_compiled(compiled), "_orig_mod, _compiled_call_impl or _torchdynamo_orig_callable moved"
+    assert form == "function" or dynamo.is_compiled(nn.Sequential(compiled))
 
 
 @pytest.mark.parametrize("model", [Attention(), attention_of], ids=["module", "function"])
 def test_what_was_never_compiled_has_no_options(model):
-    assert dynamo.uncompiled(model) == (model, None)
+    assert dynamo.uncompiled(model) == (model, None) and not dynamo.is_compiled(model)
 
 
 def test_a_compile_in_place_is_undone_inside_the_context_and_back_after():

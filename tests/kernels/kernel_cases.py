@@ -100,7 +100,6 @@ def kernels(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kernel", [KERNELS[name] for name in names], ids=names)
 
 
-every_kernel = kernels(*KERNELS)
 cpu_kernels = kernels("blocked", "native")
 masking_kernels = kernels("reference", "reference-shared", "native", "triton")
 both_causal = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])

@@ -26,6 +26,7 @@ def relative_l1(output, expected):
     return float((output.double() - expected.double()).abs().sum() / expected.double().abs().sum())
 
 
+@pytest.mark.never_wrong(11, "gpu-direct")
 @both_causal
 @pytest.mark.parametrize("topk", [None, 0.37], ids=["thresholds-known", "thresholds-first-seen-in-the-capture"])
 def test_a_captured_graph_replays_with_changed_inputs(is_causal, topk):
@@ -47,6 +48,7 @@ def test_a_captured_graph_replays_with_changed_inputs(is_causal, topk):
         assert torch.equal(replayed, call(*fresh, **own, is_causal=is_causal))
 
 
+@pytest.mark.never_wrong(11, "gpu-direct")
 def test_no_call_waits_for_the_gpu():
     q, k, v = qkv(2000)
     mask = torch.ones(1, 1, 2000, 2000, dtype=torch.bool, device="cuda").tril()
@@ -60,6 +62,7 @@ def test_no_call_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.never_wrong(11, "gpu-direct")
 def test_a_table_of_thresholds_is_not_read_back_and_may_change_between_replays():
     q, k, v = qkv(2000)
     entries = [Thresholds((h + 1) / 5, 1.0, -1.0, None) for h in range(4)]
@@ -83,6 +86,7 @@ def test_a_table_of_thresholds_is_not_read_back_and_may_change_between_replays()
         assert torch.equal(output, expected)
 
 
+@pytest.mark.never_wrong(11, "gpu-direct")
 def test_calls_run_on_the_current_stream():
     q, k, v = qkv(1500)
     expected = call(q, k, v)
@@ -106,6 +110,7 @@ class Model(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
+@pytest.mark.never_wrong(11, "gpu-compiled")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
 def test_compiled_models_in_every_mode(mode):
     torch.compiler.reset()
@@ -128,6 +133,7 @@ def test_64k_tokens(dtype, is_causal):
     assert relative_l1(output, expected) < 0.03
 
 
+@pytest.mark.never_wrong(9, "gpu-direct")
 def test_tensors_of_more_than_two_to_the_31_elements():
     heads, tokens, dim = 130, 2**18, 64  # 2.18e9 numbers each
     q, k, v = qkv(tokens, heads=heads, dim=dim)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from arms import item
 from light import CLOSE, Attention, is_rewritten, qkv, run, stays_dense
 from torch import nn
 
@@ -21,6 +22,8 @@ MASKS = {
 }
 
 
+@item(1, "compiled")
+@item(2, "compiled")
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_a_mask_of_data_is_never_dropped(mask):
     is_rewritten(lambda q, k, v, m: SDPA(q, k, v, attn_mask=m), *qkv(), mask)
@@ -28,6 +31,8 @@ def test_a_mask_of_data_is_never_dropped(mask):
     is_rewritten(lambda q, k, v, m: SDPA(q, k, v, m), *qkv(), mask)
 
 
+@item(1, "compiled")
+@item(2, "compiled")
 def test_a_mask_of_another_dtype_stays_dense_but_for_autocast():
     mask = torch.randn(T, T)
     inputs = qkv(dtype=torch.bfloat16)
@@ -37,6 +42,7 @@ def test_a_mask_of_another_dtype_stays_dense_but_for_autocast():
         is_rewritten(lambda q, k, v, m: SDPA(q, k, v, m), *qkv(), mask, tolerance={"rtol": 2e-2, "atol": 2e-2})
 
 
+@item(1, "compiled")
 def test_a_mask_and_is_causal_together_stay_dense():
     with torch.no_grad():
         try:
@@ -57,6 +63,7 @@ def test_fewer_dimensions_are_rewritten(rank, mask):
 SCALES = {"float": 0.37, "int": 1, "negative": -0.5, "zero": 0.0, "huge": 30.0}
 
 
+@item(3, "compiled")
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
 def test_the_callers_scale_is_used(scale):
     backend = is_rewritten(lambda q, k, v: SDPA(q, k, v, scale=scale), *qkv())
@@ -66,6 +73,7 @@ def test_the_callers_scale_is_used(scale):
 READ = {"tensor": lambda scale: scale, "item": lambda scale: scale.item()}
 
 
+@item(3, "compiled")
 @pytest.mark.parametrize("read", READ.values(), ids=READ.keys())
 def test_a_scale_that_is_a_tensor_is_never_stale(read):
     def function(q, k, v, scale):
@@ -80,6 +88,7 @@ def test_a_scale_that_is_a_tensor_is_never_stale(read):
         torch.testing.assert_close(out, SDPA(*inputs, scale=scale), **CLOSE)
 
 
+@item(3, "compiled")
 @pytest.mark.parametrize("kind", [float, int], ids=["float", "int"])
 def test_a_scale_that_changes_between_calls_is_never_stale(kind):
     class Scaled(nn.Module):
@@ -98,28 +107,7 @@ def test_a_scale_that_changes_between_calls_is_never_stale(kind):
             torch.testing.assert_close(compiled(*inputs), model(*inputs), **CLOSE)
 
 
-@pytest.mark.parametrize("sizes", [(12, 12), (7, 12), (12, 7), (1, 9), (130, 65)], ids=str)
-def test_causal_is_top_left(sizes):
-    q, k, v = qkv(tokens=sizes[0], keys=sizes[1])
-    is_rewritten(lambda q, k, v: SDPA(q, k, v, is_causal=True), q, k, v)
-
-
-def test_a_mask_together_with_is_causal_does_what_dense_does():
-    mask = torch.zeros(T, T)
-    q, k, v = qkv()
-    try:
-        SDPA(q, k, v, attn_mask=mask, is_causal=True)
-    except RuntimeError:
-        pytest.skip("from torch 2.15 on, attn_mask together with is_causal=True is an error of the dense call itself")
-    stays_dense(lambda q, k, v: SDPA(q, k, v, attn_mask=torch.zeros(T, T), is_causal=True), q, k, v)
-
-
-@pytest.mark.parametrize("heads", [(3, 1), (4, 4), (6, 2), (7, 7), (8, 2)], ids=str)
-def test_grouped_heads_follow_repeat_interleave(heads):
-    q, k, v = qkv(heads=heads[0], kv_heads=heads[1])
-    is_rewritten(lambda q, k, v: SDPA(q, k, v, enable_gqa=True), q, k, v)
-
-
+@item(7, "compiled")
 def test_one_key_head_is_broadcast_over_all_query_heads():
     q, k, v = qkv(heads=6, kv_heads=1)
     is_rewritten(lambda q, k, v: SDPA(q, k, v, is_causal=True), q, k, v)
@@ -140,6 +128,7 @@ def test_what_the_kernel_cannot_do_stays_dense(function, reason):
     stays_dense(function, *qkv(), reason=reason)
 
 
+@item(8, "compiled")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("where", ["around", "inside"])
 def test_under_autocast_the_output_has_the_dtype_of_dense(dtype, where):
@@ -156,6 +145,7 @@ def test_under_autocast_the_output_has_the_dtype_of_dense(dtype, where):
         is_rewritten(SDPA, q, k, v, tolerance=tolerance)
 
 
+@item(8, "compiled")
 def test_autocast_switched_off_inside_keeps_float32():
     def function(q, k, v):
         with torch.autocast("cpu", enabled=False):
@@ -165,11 +155,13 @@ def test_autocast_switched_off_inside_keeps_float32():
         is_rewritten(function, *qkv())
 
 
+@item(8, "compiled")
 def test_float64_under_autocast_stays_dense():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stays_dense(lambda q, k, v: SDPA(q, k, v), *qkv(dtype=torch.float64))
 
 
+@item(8, "compiled")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat16"])
 def test_a_low_precision_model_is_rewritten_in_its_dtype(dtype):
     is_rewritten(
@@ -177,25 +169,9 @@ def test_a_low_precision_model_is_rewritten_in_its_dtype(dtype):
     )
 
 
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "tokens-first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "dim-first": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "sliced": lambda x: torch.cat([x, x], -1)[..., 4:12],
-    "every-other": lambda x: x.repeat_interleave(2, -2)[:, :, ::2],
-    "expanded-batch": lambda x: x[:1].expand(2, -1, -1, -1),
-    "expanded-heads": lambda x: x[:, :1].expand(-1, 2, -1, -1),
-    "heads-outermost": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_strides_are_those_of_dense_for_any_layout(layout):
-    is_rewritten(lambda *x: SDPA(*(layout(y) for y in x)), *qkv())
-
-
+@item(9, "compiled")
 def test_a_view_of_the_output_that_relies_on_the_strides_works():
-    q, k, v = (LAYOUTS["tokens-first"](x) for x in qkv())
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv())
     is_rewritten(lambda q, k, v: SDPA(q, k, v).transpose(1, 2).view(2, T, -1), q, k, v)
 
 
@@ -204,6 +180,7 @@ def test_values_may_have_another_head_dim():
     is_rewritten(lambda q, k, v: SDPA(q, k, v), q, k, torch.randn(2, 2, T, 5))
 
 
+@item(6, "compiled")
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0)], ids=["no-queries", "no-keys"])
 def test_empty_inputs_give_what_dense_gives(sizes):
     q, k, v = torch.randn(1, 2, sizes[0], 8), *torch.randn(2, 1, 2, sizes[1], 8)
@@ -211,6 +188,7 @@ def test_empty_inputs_give_what_dense_gives(sizes):
     torch.testing.assert_close(out, SDPA(q, k, v), equal_nan=True)
 
 
+@item(9, "compiled")
 def test_an_output_that_is_transposed_in_place_stays_dense():
     def function(q, k, v):
         out = F.scaled_dot_product_attention(q, k, v)

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from arms import item
 from light import CLOSE, EXACT_OPTIONS, Stack
 from torch import nn
 
 import sparge_compile as sparge
+from sparge_kernels.cpu import KERNEL_VARIABLE
 
 # Imports nothing but torch until the model has run: the backend is found by its name alone.
 PROGRAM = """
@@ -29,12 +31,13 @@ hits = sum(counters["inductor"][name] for name in ("fxgraph_cache_hit", "fxgraph
 hits += counters["aot_autograd"]["autograd_cache_hit"]
 import sparge_compile
 report = sparge_compile.last_report().to_json()
-print(json.dumps({"out": out.double().sum(-1).flatten().tolist(), "report": report, "hits": hits}))
+print(json.dumps({"out": out.double().sum(-1).flatten().tolist(), "report": report, "hits": hits,
+                  "native": "sparge_kernels.cpu.native" in sys.modules}))
 """
 
 
-def in_a_fresh_process(program: str, *arguments: str, cache: str | None = None) -> str:
-    environment = {**os.environ, **({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})}
+def in_a_fresh_process(program: str, *arguments: str, cache: str | None = None, kernel: str = "native") -> str:
+    environment = {**os.environ, KERNEL_VARIABLE: kernel, **({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})}
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", program, *arguments],
         env=environment,
@@ -48,9 +51,10 @@ def in_a_fresh_process(program: str, *arguments: str, cache: str | None = None) 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same program twice with one cache, then with another policy."""
+    """The same program twice with one cache, then with another policy, then with another kernel."""
     cache = str(tmp_path_factory.mktemp("inductor"))
-    return [json.loads(in_a_fresh_process(PROGRAM, topk, cache=cache)) for topk in ("0.5", "0.5", "1.0")]
+    variants = [("0.5", "native"), ("0.5", "native"), ("1.0", "native"), ("0.5", "blocked")]
+    return [json.loads(in_a_fresh_process(PROGRAM, topk, cache=cache, kernel=kernel)) for topk, kernel in variants]
 
 
 def test_the_backend_is_found_by_name_with_only_torch_imported(runs):
@@ -58,15 +62,23 @@ def test_the_backend_is_found_by_name_with_only_torch_imported(runs):
     assert (site["name"], site["rewritten"], site["thresholds"][0]["topk"]) == ("Attention", True, 0.5)
 
 
+@item(13, "compiled")
 def test_a_warm_cache_gives_the_same_numbers_and_the_same_report(runs):
     assert runs[1]["hits"] > runs[0]["hits"] == 0, "the second process did not use the cache: nothing was tested"
     assert runs[1]["out"] == runs[0]["out"] and runs[1]["report"] == runs[0]["report"]
 
 
+@item(13, "compiled")
 def test_a_changed_policy_is_not_served_stale(runs):
     (site,) = json.loads(runs[2]["report"])["sites"]
     assert site["thresholds"][0]["topk"] == 1.0
     assert runs[2]["out"] != runs[0]["out"]
+
+
+@item(13, "compiled")
+def test_a_changed_kernel_runs_in_the_graph_of_the_cache(runs):
+    assert runs[3]["hits"] > 0 and runs[0]["native"] and not runs[3]["native"]
+    assert runs[3]["out"] == pytest.approx(runs[0]["out"], rel=2e-2, abs=2e-2)
 
 
 def test_importing_the_package_brings_neither_triton_nor_inductor():
@@ -85,6 +97,7 @@ def test_importing_the_kernels_brings_neither_triton_nor_the_compiler():
     assert in_a_fresh_process(program) == "[]"
 
 
+@item(14, "compiled")
 def test_models_compiled_otherwise_or_not_at_all_are_the_same_before_during_and_after():
     torch.manual_seed(1)
     eager, plain, rewritten = (Stack(1).eval() for _ in range(3))

@@ -1,0 +1,118 @@
+"""How far an output is from dense, as a whole and in its worst row, and how to say so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`max_error` and `max_row_error` as in `assert_close_to_dense`."""
+
+    max_error: float
+    max_row_error: float
+
+
+def compare(
+    output: Tensor,
+    expected: Tensor,
+    magnitude: Tensor | None,
+    bounds: Bounds,
+    dimensions: tuple[str, ...] | None,
+    nan_optional: Tensor | None = None,
+) -> str | None:
+    """None if the two agree within the bounds, else what is wrong, as a sentence or two.
+
+    Args:
+        output, expected: [..., rows, dim] of one shape; of what is not floating, a share may differ.
+        magnitude: what the output is made of, of the same shape; None: |expected|, and for a row the mean row.
+        dimensions: names of the leading dimensions for the text; None: numbers.
+        nan_optional: bool, where NaN is expected but a finite number is as good.
+    """
+    if output.shape != expected.shape:
+        return f"the shape is {list(output.shape)}, that of dense is {list(expected.shape)}."
+    if not expected.dtype.is_floating_point:
+        differing = int((output != expected).sum())
+        if differing <= bounds.max_error * output.numel():
+            return None
+        return f"{differing} of {output.numel()} numbers differ from dense (allowed: max_error={bounds.max_error:g})."
+    if output.numel() == 0:
+        return None
+    if output.dim() == 0:
+        output, expected = output[None], expected[None]
+    actual, wanted = output.double(), expected.double()
+    problem = _compare_non_finite(actual, wanted, dimensions, nan_optional)
+    if problem is not None:
+        return problem
+    compared = wanted.isfinite() & actual.isfinite()
+    difference = (actual - wanted).masked_fill(~compared, 0.0).abs()
+    wanted = wanted.masked_fill(~compared, 0.0)
+    if magnitude is None:
+        made_of = wanted.abs()
+        typical = torch.linalg.vector_norm(wanted, dim=-1).mean()
+    else:
+        made_of = magnitude.double().abs().masked_fill(~compared, 0.0)
+        made_of = made_of.masked_fill(~made_of.isfinite(), 0.0)
+        typical = torch.linalg.vector_norm(made_of, dim=-1)
+    return _compare_finite(actual.masked_fill(~compared, 0.0), wanted, difference, made_of, typical, bounds, dimensions)
+
+
+def _compare_finite(
+    actual: Tensor,
+    wanted: Tensor,
+    difference: Tensor,
+    made_of: Tensor,
+    typical: Tensor,
+    bounds: Bounds,
+    dimensions: tuple[str, ...] | None,
+) -> str | None:
+    error = float(difference.sum() / made_of.sum().clamp(min=1e-300))
+    row_difference = torch.linalg.vector_norm(difference, dim=-1)
+    row_size = torch.linalg.vector_norm(wanted, dim=-1)
+    allowed = torch.maximum(bounds.max_row_error * row_size, bounds.max_error * typical)
+    excess = row_difference - allowed
+    wrong = int((excess > 0).sum())
+    if error <= bounds.max_error and not wrong:
+        return None
+    worst = int((row_difference / allowed.clamp(min=1e-300)).argmax())
+    size, off, most = (float(x.flatten()[worst]) for x in (row_size, row_difference, allowed))
+    here, there = (x.reshape(-1, x.shape[-1])[worst] for x in (actual, wanted))
+    cosine = float(torch.nn.functional.cosine_similarity(here, there, dim=0))
+    return (
+        f"the error is {error:.3g} of what the output is made of (allowed: max_error={bounds.max_error:g}), and "
+        f"{wrong} of {row_size.numel()} rows are too far off. The worst, {_place(worst, row_size.shape, dimensions)}, "
+        f"is off by {off:.3g} where dense has {size:.3g} (cosine {cosine:.3g}; allowed: {most:.3g}, the larger of "
+        f"max_row_error={bounds.max_row_error:g} of the row and max_error of what it is made of)."
+    )
+
+
+def _compare_non_finite(
+    actual: Tensor, wanted: Tensor, dimensions: tuple[str, ...] | None, nan_optional: Tensor | None
+) -> str | None:
+    optional = torch.zeros_like(wanted, dtype=torch.bool) if nan_optional is None else nan_optional
+    for name, kind in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        wrong = (kind(actual) != kind(wanted)) & ~optional
+        if wrong.any():
+            rows = wrong.any(-1)
+            row = int(rows.flatten().float().argmax())
+            here, there = int(kind(actual).sum()), int(kind(wanted).sum())
+            return (
+                f"{here} numbers are {name}, {there} in dense; {int(rows.sum())} rows differ, the first is "
+                f"{_place(row, rows.shape, dimensions)}."
+            )
+    return None
+
+
+def _place(row: int, shape: torch.Size, dimensions: tuple[str, ...] | None) -> str:
+    """The index of a row in words."""
+    index = []
+    for size in reversed(shape):
+        index.append(row % size)
+        row //= size
+    index.reverse()
+    if dimensions is None or len(dimensions) != len(index):
+        return f"row {index}"
+    return ", ".join(f"{name} {number}" for name, number in zip(dimensions, index, strict=True))
