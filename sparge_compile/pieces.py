@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import reshaped_in_place, written_nodes
+from sparge_compile.graph import op_name, reshaped_in_place, written_nodes
 
+_VIEWS = {"getitem", "broadcast_to", "expand", "unsqueeze", "squeeze", "view", "reshape", "transpose", "detach"}
 StandsFor = Callable[[fx.Node], fx.Node]
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "fwd_source_fn_stack")
 
@@ -185,7 +186,18 @@ def only_first_is_used(node: fx.Node) -> bool:
     """Does nothing depend on any result of a call but the first?"""
     if not isinstance(dynamo.example(node), (tuple, list)):
         return True
-    return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
+    return all(user.target is operator.getitem and (user.args[1] == 0 or _is_dead(user)) for user in node.users)
+
+
+def _is_dead(node: fx.Node) -> bool:
+    """Is this a view, or one of a view, that nothing reads? TorchDynamo leaves them in the graph."""
+    return op_name(node) in _VIEWS and all(_is_dead(user) for user in node.users)
+
+
+def _erase(node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase(user)
+    node.graph.erase_node(node)
 
 
 def replace_first_result(node: fx.Node, replacement: fx.Node) -> list[fx.Node]:
@@ -198,7 +210,5 @@ def replace_first_result(node: fx.Node, replacement: fx.Node) -> list[fx.Node]:
     taken = [user for user in node.users if user.args[1] == 0] if several else [node]
     for result in taken:
         result.replace_all_uses_with(replacement)
-    for user in list(node.users):
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)
+    _erase(node)
     return taken

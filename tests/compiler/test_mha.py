@@ -161,6 +161,17 @@ def test_weights_that_nobody_uses_do_not_stand_in_the_way(masks):
     assert nodes_of(backend.graphs, operator.getitem) == [] and out.isnan().any() and not out.isnan().all()
 
 
+def test_views_of_the_weights_that_nothing_reads_do_not_stand_in_the_way():
+    layer = mha()
+
+    def attend(x):
+        out, weights = layer(x, x, x)
+        weights[:, None].broadcast_to(2, 2, 12, 12).transpose(2, 3)
+        return out
+
+    same_as_dense(attend, X)
+
+
 @pytest.mark.parametrize("average", [True, False], ids=["averaged", "per-head"])
 def test_weights_that_are_used_keep_the_call_dense(average):
     layer = mha()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from zoo_entry import SMALL, Call, Dense, Entry, Rewritten, from_transformers, tokens
+from zoo_entry import SMALL, Call, Entry, Rewritten, from_transformers, tokens
 
 # Two convolutions in place of seven: a frame every 10 samples.
 WAVES = {
@@ -83,7 +83,7 @@ SPEECH = [
     ),
     Entry("wav2vec2", _wav2vec2, (Rewritten("encoder.layers.?.attention", 2),)),
     # Each query's own gate weighs a learned position bias.
-    Entry("wavlm", _wavlm, (Dense("encoder.layers.?.attention", 2, "returns the attention weights", "mha"),)),
+    Entry("wavlm", _wavlm, (Rewritten("encoder.layers.?.attention", 2, "given", "mha"),)),
     Entry("wav2vec2-conformer", _conformer, (Rewritten("encoder.layers.?.self_attn", 2, mask="given"),)),
     Entry(
         "speecht5",
