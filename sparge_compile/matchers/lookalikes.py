@@ -30,9 +30,9 @@ _ON_SCORES = {
     "masked_fill", "masked_fill_", "where", "to", "float", "half", "bfloat16", "double", "type", "type_as",
     "dropout", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone", "detach",
     "expand", "getitem", "clamp", "maximum", "tanh", "tril", "triu", "nan_to_num", "cat", "unsqueeze", "squeeze",
-    "getattr", "mT", "t", "swapaxes", "swapdims", "exp",
+    "getattr", "mT", "t", "swapaxes", "swapdims", "exp", "pad",
 }  # fmt: skip
-_REACH = 12
+_REACH = 24
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,24 @@ def _reaches(start: fx.Node, parameters: set[int | None], *, forward: bool) -> b
         return False
     frontier, seen = [start], {start}
     for _ in range(_REACH):
-        neighbours = [n for node in frontier for n in (node.users if forward else node.all_input_nodes)]
+        neighbours = [n for node in frontier for n in _neighbours(node, forward)]
         if any(_of_activations(n, parameters) for n in neighbours):
             return True
-        frontier = [n for n in neighbours if n not in seen and op_name(n) in _ON_SCORES]
+        frontier = [n for n in neighbours if n not in seen and (op_name(n) in _ON_SCORES or _writes_into(n))]
         seen.update(frontier)
     return False
+
+
+def _neighbours(node: fx.Node, forward: bool) -> list[fx.Node]:
+    """Where a tensor's numbers go, or come from, through `x[...] = y` too."""
+    if forward:
+        written = [write.args[0] for write in node.users if op_name(write) == "setitem" and write.args[2] is node]
+        return [*node.users, *(n for n in written if isinstance(n, fx.Node))]
+    return [*node.all_input_nodes, *(n for write in _writes_into(node) for n in write.all_input_nodes[1:])]
+
+
+def _writes_into(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if op_name(user) == "setitem" and user.args[0] is node]
 
 
 def _weighs(node: fx.Node) -> bool:

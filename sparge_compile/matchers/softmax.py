@@ -80,7 +80,9 @@ class _Second:
 def _read(softmax: fx.Node) -> AttentionSite:
     path = _path_to_product(_softmax_input(softmax))
     if path is None:
-        raise Unread("no product of queries and keys leads straight to the softmax")
+        raise Unread(
+            "no product of queries and keys has the size of what the softmax gets (a sink beside the keys? a band?)"
+        )
     product = read_product(path[0])
     scores = first_scores(product, path[0])
     for consumer, source in zip([*path[1:], softmax], path, strict=True):

@@ -117,7 +117,6 @@ def _row(kind: str, entry: Entry, reasons: dict[str, str]) -> Sequence[str]:
     for reason in dense:
         reasons.setdefault(reason, chr(ord("a") + len(reasons)))
     why = [f"{count} ({reasons[reason]})" for reason, count in dense.items()]
-    why += [f"{entry.unlisted} not found"] if entry.unlisted else []
     masks = Counter(mask(site) for site in report.rewritten if mask(site))
     shown_masks = ", ".join(f"{count} {name}" for name, count in masks.items())
     patterns = ", ".join(sorted({site.pattern for site in report.sites}))

@@ -87,7 +87,7 @@ ENCODERS = [
     Entry("mpnet", _mpnet, (Rewritten("encoder.layer.?.attention.attn", 2, "given", "softmax"),)),
     Entry("xlnet", _xlnet, (Dense("layer.?.rel_attn", 2, "not a tensor of floats", "softmax"),)),
     # Its scores are chunks of a band, cut out of overlapping products and written in place into another tensor.
-    Entry("longformer", _longformer, (), unlisted=2),
+    Entry("longformer", _longformer, (Dense(_BERT, 2, "no product of queries and keys", "softmax"),)),
     # A learned position bias, a mask of floats, is added to the scores of self-attention.
     Entry("t5", _t5, _T5, gain=1.5 * 32**-0.25),  # T5 does not divide its scores by sqrt(head_dim)
     Entry(

@@ -95,7 +95,6 @@ class Entry:
         name: of the test.
         build: makes the model and its input; `call` fixes the seed.
         found: the calls; each belongs to exactly one pattern.
-        unlisted: how many softmaxes over a map of scores the report does not list.
         gain: of the queries and the keys. 1.5 gives scores a standard deviation of about 2: a row of the softmax is
             neither uniform nor one-hot.
     """
@@ -104,7 +103,6 @@ class Entry:
     build: Callable[[], Call]
     found: tuple[Rewritten | Dense, ...]
     gain: float = 1.5
-    unlisted: int = 0
 
     def call(self) -> Call:
         """The model in eval mode with random weights, and its input. The same every time."""

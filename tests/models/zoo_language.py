@@ -119,7 +119,7 @@ LANGUAGE = [
     Entry(
         "gpt-oss",
         _gpt_oss,
-        (Dense(_LAYERS, 2, "no product of queries and keys leads straight to the softmax", "softmax"),),
+        (Dense(_LAYERS, 2, "a sink beside the keys", "softmax"),),
     ),
     Entry("deepseek-v3", _deepseek, (Rewritten(_LAYERS, 2, mask="causal"),)),
     Entry("qwen3-moe", _qwen3_moe, (Rewritten(_LAYERS, 2, mask="causal"),)),
