@@ -15,6 +15,7 @@ import torch
 from sparge_compile import dynamo
 from sparge_compile.dynamo import Size
 from sparge_compile.mask_indicators import evaluate_numbers
+from sparge_compile.mask_positions import equal, gathered, running_sum, step, unequal
 from sparge_compile.mask_values import Affine, Closed, Open, Unproven, closes, each_affine
 
 Shape = Sequence[Size]
@@ -178,6 +179,8 @@ def _unsqueeze(result: torch.Tensor, value: Any, dim: int) -> Any:
 
 def _getitem(result: torch.Tensor, value: Any, index: Any) -> Any:
     items = index if isinstance(index, tuple) else (index,)
+    if isinstance(value, Affine) and any(isinstance(item, Affine) for item in items):
+        return gathered(result, value, items)
     return each_affine(value, lambda a: _index(a, items, result.dim()))
 
 
@@ -240,6 +243,10 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "lt": _strictly_less,
     "ge": _swapped(_less),
     "gt": _swapped(_strictly_less),
+    "eq": equal,
+    "ne": unequal,
+    "diff": step,
+    "cumsum": running_sum,
     "and_": _both,
     "__and__": _both,
     "bitwise_and": _both,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 Program = tuple[Any, ...]
-_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
+_COMPARE["!="] = operator.ne
 _AND = {"&": operator.and_, "logical_and": torch.logical_and, "bitwise_and": torch.bitwise_and}
 _NOT = {"~": operator.invert, "logical_not": torch.logical_not}
 _LOWEST = {"inf": -math.inf, "min": torch.finfo(torch.float32).min}
@@ -25,6 +26,8 @@ _positions = st.one_of(
     st.tuples(st.just("rows"), st.integers(0, 2)),
     st.tuples(st.just("columns"), st.integers(0, 2)),
     st.tuples(st.just("number"), _small),
+    st.tuples(st.just("gather"), _small, st.integers(-1, 2)),
+    st.tuples(st.just("steps"), st.integers(-2, 1)),
 )
 indices = st.recursive(
     _positions,
@@ -51,6 +54,7 @@ masks = st.recursive(
         _rows_and_columns,
         _differences,
         st.tuples(st.just("compare"), st.sampled_from(sorted(_COMPARE)), indices, indices),
+        st.tuples(st.just("texts"), st.integers(-2, 1), st.integers(0, 1)),
     ),
     lambda inner: st.one_of(
         st.tuples(st.just("and"), st.sampled_from(sorted(_AND)), inner, inner),
@@ -102,6 +106,10 @@ def index(program: Program, rows: int, columns: int) -> Any:
         return torch.arange(columns).unsqueeze(0) + program[1]
     if kind == "number":
         return program[1]
+    if kind == "gather":
+        return (torch.arange(columns + 3) + program[1])[torch.arange(columns)[None] + program[2]]
+    if kind == "steps":
+        return torch.diff(torch.arange(columns)[None], prepend=torch.arange(1)[None] + program[1])
     left = index(program[1], rows, columns)
     if kind == "negate":
         return -left
@@ -116,6 +124,9 @@ def mask_of(program: Program, rows: int, columns: int) -> Tensor:
     kind = program[0]
     if kind == "ones":
         return torch.ones(rows, columns, dtype=torch.bool)
+    if kind == "texts":
+        breaks = index(("steps", program[1]), rows, columns) != 1
+        return (breaks.cumsum(-1) == program[2]).expand(rows, columns)
     if kind == "compare":
         left, right = (index(side, rows, columns) for side in program[2:])
         if not isinstance(left, Tensor) and not isinstance(right, Tensor):
