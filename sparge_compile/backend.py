@@ -12,9 +12,9 @@ from torch import fx
 from sparge_compile import context, dynamo
 from sparge_compile.claim import claim
 from sparge_compile.graph import blocker, written_nodes
-from sparge_compile.inductor import misread_by_attention_pass
+from sparge_compile.inductor import KEEPS_PASS_OFF, misread_by_attention_pass
 from sparge_compile.markers import Marker, tables_of, take_markers, with_table
-from sparge_compile.matchers import find_sites, softmax
+from sparge_compile.matchers import find_sites
 from sparge_compile.policy import Policy, replace, split_options
 from sparge_compile.proof import prove
 from sparge_compile.report import LAST, SiteReport, describe
@@ -53,7 +53,7 @@ def sparge(
     if misread and dynamo.is_compiling_frame():
         context.guard_on_policy_in_force(base)  # there may be no site to have brought the guard
     if misread and context.in_force(base).enabled:
-        inductor_options = {**softmax.KEEPS_INDUCTOR_OFF, **inductor_options}
+        inductor_options = {**KEEPS_PASS_OFF, **inductor_options}
     return dynamo.compile_with_inductor(gm, example_inputs, mode, inductor_options)
 
 

@@ -38,6 +38,7 @@ OperatorPacket = torch._ops.OpOverloadPacket
 HigherOrderOperator = torch._ops.HigherOrderOperator
 FUSED_ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 FUSED_MULTI_HEAD_ATTENTION = torch._native_multi_head_attention
+addmm_activation = torch._addmm_activation  # what the fused layer calls: on GPUs its gelu is the tanh approximation
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
@@ -278,13 +279,17 @@ def guard(condition: bool | torch.SymBool) -> bool | None:
 
 
 def specialize(value: Any) -> Any:
-    """A symbolic number as a plain one, guarded on it; None if it is bounded by the caller or depends on data."""
+    """A symbolic number as a plain one, guarded on it.
+
+    None if it depends on data, or where the caller said with `mark_dynamic` that it changes: the guard would raise
+    ConstraintViolationError after the backend has returned.
+    """
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value
     node = value.node
     if node.expr.is_number:
         return node.pytype(node.expr)
-    if not node.has_hint() or node.expr.free_symbols & _bounded_symbols():
+    if not node.has_hint() or node.expr.free_symbols & _marked_symbols():
         return None
     return node.pytype(value)
 
@@ -436,6 +441,15 @@ def _translator() -> Any:
 
 def _bounded_symbols() -> set[Any]:
     """Symbols of dimensions that the caller bounded with `mark_dynamic(min=, max=)`."""
+    return _constrained_symbols(lambda constraint: isinstance(constraint, StrictMinMaxConstraint))
+
+
+def _marked_symbols() -> set[Any]:
+    """Symbols of dimensions that the caller marked with `mark_dynamic`, with bounds or without."""
+    return _constrained_symbols(lambda constraint: not getattr(constraint, "warn_only", True))
+
+
+def _constrained_symbols(counts: Callable[[Any], bool]) -> set[Any]:
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None or context.fake_mode.shape_env is None:
         return set()
@@ -443,6 +457,6 @@ def _bounded_symbols() -> set[Any]:
     for tracked in context.fake_mode.shape_env.tracked_fakes or ():
         constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
         for size, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
-            if isinstance(constraint, StrictMinMaxConstraint) and isinstance(size, torch.SymInt):
+            if counts(constraint) and isinstance(size, torch.SymInt):
                 symbols |= size.node.expr.free_symbols
     return symbols

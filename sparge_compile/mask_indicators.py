@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ def _with_number(name: str, result: torch.Tensor, left: Any, right: Any, evaluat
             return _condition(mask if answers[1] else flipped, result, evaluate)
     if name == "sub" and not on_the_left and number == 1:
         return flipped
-    if name in ("mul", "multiply") and closes(number, result.dtype):
+    if name in ("mul", "multiply") and math.isfinite(number) and closes(number, result.dtype):  # 0 * inf is NaN
         return Open(_condition(flipped, result, evaluate).bounds, additive=True, closing=number)
     raise Unproven(f"the mask goes through {name} with {number}")
 

@@ -71,7 +71,7 @@ class Indicator:
 
 def closes(value: Any, dtype: torch.dtype) -> bool:
     """Does adding `value` in this float type close a position? The lowest number of a narrower type need not."""
-    return isinstance(value, (int, float)) and value <= torch.finfo(dtype).min
+    return dtype.is_floating_point and isinstance(value, (int, float)) and value <= torch.finfo(dtype).min
 
 
 def each_affine(value: Any, change: Callable[[Affine], Affine]) -> Any:

@@ -62,7 +62,13 @@ def aligned_right(node: fx.Node) -> Operand | None:
 
 
 def with_four_dimensions(graph: fx.Graph, operand: Operand, node: fx.Node) -> fx.Node:
-    """Nodes that give `node`, which stands for the operand's own, its four dimensions. A view."""
+    """Nodes that give `node`, which stands for the operand's own, its four dimensions. A view.
+
+    Detached: a call is claimed only if its output needs no gradient, which a no_grad region inside the graph may be the
+    reason of, and the operator refuses inputs that need one where grad mode is on.
+    """
+    if dynamo.example(node).requires_grad:
+        node = method(graph, node, "detach")
     if operand.order != tuple(sorted(operand.order)):
         node = method(graph, node, "permute", operand.order)
     if operand.heads is not None:
@@ -106,5 +112,6 @@ def call(graph: fx.Graph, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
     else:
         node = graph.call_function(function, args, kwargs)
     known_args, known_kwargs = fx.node.map_arg((args, kwargs), dynamo.example)
-    dynamo.set_example(node, function(*known_args, **known_kwargs))
+    with torch.no_grad():
+        dynamo.set_example(node, function(*known_args, **known_kwargs))
     return node

@@ -92,7 +92,7 @@ def encoder_layer(
 
     def feed_forward(x: Tensor) -> Tensor:
         # The operator that the fused one calls: on GPUs its gelu is the tanh approximation.
-        inner = torch._addmm_activation(ffn_bias_1, x.flatten(0, 1), ffn_weight_1.t(), use_gelu=use_gelu)
+        inner = dynamo.addmm_activation(ffn_bias_1, x.flatten(0, 1), ffn_weight_1.t(), use_gelu=use_gelu)
         return F.linear(inner.unflatten(0, x.shape[:2]), ffn_weight_2, ffn_bias_2)
 
     if norm_first:

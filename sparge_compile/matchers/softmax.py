@@ -37,10 +37,6 @@ _LONGEST_PATH = 24
 _ASKS = {"size", "dim", "numel", "stride", "is_contiguous", "full_like", "zeros_like", "ones_like", "empty_like"}
 _ASKS |= {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "sym_size", "sym_numel", "sym_stride"}
 
-# Inductor's own attention pass ignores the dimension of the softmax: over queries or heads the result is wrong
-# (relative L1 .15 to .99, seen on 2.13). Only this option turns that pass off, for what we found not to be attention.
-KEEPS_INDUCTOR_OFF = {"pattern_matcher": False}
-
 
 def match(gm: fx.GraphModule) -> list[AttentionSite]:
     """Every hand-written attention, read or with the reason it cannot be, and what does its work in other ways."""

@@ -266,11 +266,26 @@ MEANINGS = {
     "unsigned-difference": (unsigned_difference, None),
     "transformers": (transformers_style, None),
     "one-text": (one_text, "causal"),
+    "zero-times-infinity": (zero_times_infinity, "data"),
+    "twice-tril": (numbers_that_are_no_mask, None),
+    "bytes": (bytes_that_are_no_mask, None),
     "two-texts": (two_texts, None),
     "every-other": (every_other, None),
     "equal": (lambda s, t: torch.arange(t)[None, :] == torch.arange(s)[:, None], None),
     "from-the-end": (lambda s, t: torch.arange(t)[torch.arange(t) - 1][None] <= torch.arange(s)[:, None], None),
 }
+
+
+def zero_times_infinity(s, t):
+    return (1 - torch.ones(s, t).tril()) * -math.inf
+
+
+def numbers_that_are_no_mask(s, t):
+    return (torch.ones(s, t, dtype=torch.long).tril() * 2).bool()
+
+
+def bytes_that_are_no_mask(s, t):
+    return ((1 - torch.ones(s, t, dtype=torch.uint8).tril()) * 255 + 1).bool()
 
 
 SQUARE = (one_text, two_texts, every_other)
@@ -290,7 +305,8 @@ def test_a_mask_means_what_it_computes(make, meaning):
     assert meaning is None or kind == meaning
     torch._dynamo.reset()
     out, _ = run(function, q, k, v)
-    torch.testing.assert_close(out[0], F.scaled_dot_product_attention(q, k, v, attn_mask=mask), **CLOSE)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out[0], expected, equal_nan=True, **CLOSE)
 
 
 def test_an_int8_counter_that_wraps_is_not_causal():

@@ -5,11 +5,14 @@ import warnings
 
 import pytest
 import torch
-from light import CLOSE, EXACT_OPTIONS, Attention, LightBackend, Stack
+from light import CLOSE, EXACT, EXACT_OPTIONS, Attention, LightBackend, Stack, qkv
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import sparge_compile as sparge
 from sparge_kernels import ops
+
+SDPA = torch.nn.functional.scaled_dot_product_attention
 
 X = torch.randn(2, 6, 16)
 
@@ -205,3 +208,34 @@ def test_scaled_training_under_autocast_evaluates_sparse_in_the_autocast_dtype()
             out, ran = evaluate(compiled)
             assert ran == ["sparse"] and backend.sites[-1].dtype == "bfloat16"
             torch.testing.assert_close(out, evaluate(reference)[0], rtol=2e-2, atol=2e-2)
+
+
+def in_a_region(q, k, v):
+    with torch.no_grad():
+        return SDPA(q, k, v)
+
+
+def written_out_in_a_region(q, k, v):
+    with torch.no_grad():
+        return (q @ k.mT * 0.3).softmax(-1) @ v
+
+
+def detached_weights(q, k, v):
+    return (q @ k.mT * 0.3).softmax(-1).detach() @ v
+
+
+REGIONS = {"call": in_a_region, "written-out": written_out_in_a_region, "detached": detached_weights}
+
+
+@pytest.mark.parametrize("backend", ["light", "sparge"])
+@pytest.mark.parametrize("function", REGIONS.values(), ids=REGIONS.keys())
+def test_attention_without_gradients_in_a_function_with_them(function, backend):
+    q, k, v = qkv()
+    q.requires_grad_()
+    expected = function(q, k, v)
+    light = LightBackend(EXACT)
+    options = {} if backend == "light" else {"options": EXACT_OPTIONS}
+    actual = torch.compile(function, backend=light if backend == "light" else "sparge", **options)(q, k, v)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    sites = light.sites if backend == "light" else sparge.last_report().sites
+    assert [site.rewritten for site in sites] == [True] and not actual.requires_grad
