@@ -230,6 +230,18 @@ def test_conditions_combined_many_times_are_read_quickly_or_not_at_all():
     assert kind == "causal"
 
 
+def zero_times_infinity(s, t):
+    return (1 - torch.ones(s, t).tril()) * -math.inf
+
+
+def numbers_that_are_no_mask(s, t):
+    return (torch.ones(s, t, dtype=torch.long).tril() * 2).bool()
+
+
+def bytes_that_are_no_mask(s, t):
+    return ((1 - torch.ones(s, t, dtype=torch.uint8).tril()) * 255 + 1).bool()
+
+
 MEANINGS = {
     "causal": (causal, "causal"),
     "causal-flipped": (lambda s, t: torch.arange(s)[:, None] >= torch.arange(t), "causal"),
@@ -274,18 +286,6 @@ MEANINGS = {
     "equal": (lambda s, t: torch.arange(t)[None, :] == torch.arange(s)[:, None], None),
     "from-the-end": (lambda s, t: torch.arange(t)[torch.arange(t) - 1][None] <= torch.arange(s)[:, None], None),
 }
-
-
-def zero_times_infinity(s, t):
-    return (1 - torch.ones(s, t).tril()) * -math.inf
-
-
-def numbers_that_are_no_mask(s, t):
-    return (torch.ones(s, t, dtype=torch.long).tril() * 2).bool()
-
-
-def bytes_that_are_no_mask(s, t):
-    return ((1 - torch.ones(s, t, dtype=torch.uint8).tril()) * 255 + 1).bool()
 
 
 SQUARE = (one_text, two_texts, every_other)

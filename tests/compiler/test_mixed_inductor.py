@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from light import CLOSE, EXACT_FIELDS, EXACT_OPTIONS, qkv
+from torch import Tensor
 
 import sparge_compile as sparge
 from sparge_compile import dynamo
@@ -21,9 +22,9 @@ def between_products(softmax):
     return function
 
 
-def written_out(scores, dim):
+def written_out(scores, dim, before=lambda e: e, after=lambda total: total):
     terms = (scores - scores.amax(dim, keepdim=True)).exp()
-    return terms / terms.sum(dim, keepdim=True)
+    return terms / after(before(terms).sum(dim, keepdim=True))
 
 
 SOFTMAXES = {
@@ -36,12 +37,17 @@ SOFTMAXES = {
     "aten-inner": lambda s: torch.ops.aten._softmax.default(s, -2, False),
     "written-out": lambda s: written_out(s, -2),
     "written-out-over-heads": lambda s: written_out(s, (1,)),
+    "sum-of-a-clone": lambda s: written_out(s, -2, before=torch.clone),
+    "sum-of-a-conversion": lambda s: written_out(s, -2, before=Tensor.float),
+    "sum-of-a-view": lambda s: written_out(s, -2, before=lambda e: e.view_as(s)),
+    "contiguous-sum": lambda s: written_out(s, -2, after=Tensor.contiguous),
 }
 OVER_KEYS = {
     "method": lambda s: s.softmax(-1),
     "aten": lambda s: torch.ops.aten.softmax.int(s, 3),
     "written-out": lambda s: written_out(s, -1),
     "a-sum-of-something-else": lambda s: s.exp() / s.sum(1, keepdim=True).exp(),
+    "frequencies": lambda s: s.softmax(-1) * torch.arange(4).float().exp().sum(0),
 }
 
 
@@ -72,7 +78,14 @@ def test_without_two_products_there_is_nothing_to_misread():
     assert not misread_by_attention_pass(graph_of(lambda q, k, v: (q @ k.transpose(-2, -1)).softmax(1)))
 
 
-@pytest.mark.parametrize("name", ["queries", "heads", "special", "written-out"])
+def test_a_product_of_linear_algebra_is_a_product():
+    def function(q, k, v):
+        return torch.linalg.matmul(torch.linalg.matmul(q, k.mT).softmax(-2), v)
+
+    assert misread_by_attention_pass(graph_of(function))
+
+
+@pytest.mark.parametrize("name", ["queries", "heads", "special", "written-out", "sum-of-a-clone"])
 def test_the_result_through_inductor_is_that_of_eager(name):
     function = between_products(SOFTMAXES[name])
     compiled = torch.compile(function, backend="sparge")
