@@ -77,7 +77,9 @@ def _claim(site: AttentionSite, policy: Policy, written: set[fx.Node]) -> Claim:
 
 def _check_requested(site: AttentionSite, policy: Policy) -> None:
     for pattern in policy.dense:
-        if fnmatch.fnmatchcase(site.name, pattern):
+        if fnmatch.fnmatchcase(site.name, pattern) or (
+            site.other_name and fnmatch.fnmatchcase(site.other_name, pattern)
+        ):
             raise _Refused(f"the policy keeps it dense (dense pattern {pattern!r})", requested=True)
 
 

@@ -81,25 +81,24 @@ class _State:
     def reserved(self) -> str:
         """Why attention called here and now must be torch's own whatever the policy says; an empty text if it need not.
 
-        Compiled code asks on every call, so the usual answer comes first.
+        Compiled code asks on every call, so the usual answer comes first. Each choice of kernels has a text of its own:
+        Inductor decomposes a dense call by the kernel that is allowed when it compiles.
         """
-        cuda = torch.backends.cuda  # its settings hold for CPUs too; torch starts with every kernel allowed
-        if (
-            cuda.flash_sdp_enabled()
-            and cuda.mem_efficient_sdp_enabled()
-            and cuda.math_sdp_enabled()
-            and cuda.cudnn_sdp_enabled()
-            and not dynamo.is_forward_mode()
-        ):
+        is_forward_mode = dynamo.is_forward_mode()
+        if dynamo.has_default_attention_kernels() and not is_forward_mode:
             return ""
-        if dynamo.is_forward_mode():
+        if is_forward_mode:
             return "forward-mode differentiation is active around the call, and the kernel has no derivative"
-        names = ("flash", "mem_efficient", "math", "cudnn")
-        allowed = ", ".join(name for name in names if getattr(cuda, f"{name}_sdp_enabled")()) or "none"
         return (
-            "torch.nn.attention.sdpa_kernel or torch.backends.cuda.enable_..._sdp allows only these kernels: "
-            f"{allowed}; calls are rewritten where all are allowed"
+            "torch.nn.attention.sdpa_kernel or torch.backends.cuda.enable_..._sdp chooses among torch's kernels, only "
+            f"these kernels: {_allowed_kernels()}; calls are rewritten where all are allowed, in torch's own order"
         )
+
+
+def _allowed_kernels() -> str:
+    cuda = torch.backends.cuda  # its settings hold for CPUs too
+    names = ("flash", "mem_efficient", "math", "cudnn")
+    return ", ".join(name for name in names if getattr(cuda, f"{name}_sdp_enabled")()) or "none"
 
 
 STATE = _State()

@@ -419,6 +419,23 @@ def unwrapped_backend_errors() -> Iterator[None]:
         raise failed.inner_exception from None
 
 
+_KERNEL_ORDER = torch._C._get_sdp_priority_order()
+
+
+def has_default_attention_kernels() -> bool:
+    """May scaled_dot_product_attention choose among all its kernels, in the order torch starts with?
+
+    torch.backends.cuda asks the same; compiled code asks on every call, and its functions take thrice as long.
+    """
+    return (
+        torch._C._get_flash_sdp_enabled()
+        and torch._C._get_mem_efficient_sdp_enabled()
+        and torch._C._get_math_sdp_enabled()
+        and torch._C._get_cudnn_sdp_enabled()
+        and torch._C._get_sdp_priority_order() == _KERNEL_ORDER
+    )
+
+
 def is_transforming() -> bool:
     """Is a functorch transform (vmap, grad, jvp) or forward-mode differentiation active in this thread?"""
     return torch._C._functorch.maybe_current_level() is not None or is_forward_mode()

@@ -145,7 +145,12 @@ def _is_transforming() -> bool:
 def _autocast(x: Tensor) -> Tensor:
     """What ambient autocast makes of an input of scaled_dot_product_attention."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+    if (
+        not torch.amp.is_autocast_available(device)
+        or not torch.is_autocast_enabled(device)
+        or not x.is_floating_point()
+        or x.dtype == torch.float64
+    ):
         return x
     return x.to(torch.get_autocast_dtype(device))
 

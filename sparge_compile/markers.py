@@ -88,8 +88,11 @@ def tables_of(sites: Sequence[AttentionSite], markers: Sequence[Marker]) -> dict
         calls[owner(site.node)].append(site)
     found: dict[fx.Node, Marker | Refusal] = {}
     for place, of_module in calls.items():
+        layer = (place[0], place[1].rpartition(".")[0])
         if place in by_owner:
             found.update(_tables_of_module(of_module, by_owner[place]))
+        elif layer in by_owner and layer not in calls and all(site.other_name for site in of_module):
+            found.update(_tables_of_module(of_module, by_owner[layer]))  # attached as the fast path names it
         elif dynamo.is_compiling_frame() and _is_attached(*place):
             found.update((site.node, Refusal(_CUT_OFF)) for site in of_module)
         elif dynamo.is_compiling_frame():

@@ -34,6 +34,8 @@ class AttentionSite:
         node: the node whose output is the attention output.
         pattern: `sdpa`, `mha`, `softmax`, `opaque` (another library's kernel), or `not_attention` (looks like it).
         name: module name, `:1`, `:2` appended where one module has several.
+        other_name: of the same call where torch takes its other path: nn.TransformerEncoderLayer's fast path is a call
+            of the layer, its slow path one of the layer's `self_attn`. Empty for other calls.
         source: `file:line` of the call in user code, or an empty string.
         query, key, value, output: the tensors of the call; None where the pattern does not expose them.
         masks: all of them hold.
@@ -49,6 +51,7 @@ class AttentionSite:
     node: fx.Node
     pattern: str
     name: str = ""
+    other_name: str = ""
     source: str = ""
     query: Operand | None = None
     key: Operand | None = None

@@ -26,7 +26,7 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     refusal = _check_sizes(query, key, claim.value, device) or _check_masks(claim)
     if refusal is not None:
         return refusal
-    kept_dense = policy.profile.dense_reason(claim.site.name) if policy.profile is not None else None
+    kept_dense = _kept_dense(claim, policy)
     if kept_dense is not None:
         return Refusal(f"the profile keeps it dense ({kept_dense})", requested=True)
     minimum = min_tokens(policy, device, claim.precision)
@@ -60,6 +60,14 @@ def min_tokens(policy: Policy, device: torch.device, precision: str) -> int:
     return break_even(device, precision) if policy.min_tokens is None else policy.min_tokens
 
 
+def _kept_dense(claim: Claim, policy: Policy) -> str | None:
+    """Why the profile keeps a site dense, or None."""
+    if policy.profile is None:
+        return None
+    names = [name for name in (claim.site.name, claim.site.other_name) if name]
+    return next(filter(None, map(policy.profile.dense_reason, names)), None)
+
+
 @dataclass(frozen=True)
 class Choice:
     """One entry for all heads or one per query head, the predictor they belong to, and who set them."""
@@ -86,6 +94,9 @@ def from_policy(policy: Policy, is_causal: bool) -> Choice:
 def _choose(claim: Claim, policy: Policy) -> Choice:
     profile, site = policy.profile, claim.site.name
     known = None if profile is None else profile.thresholds_of(site)
+    if profile is not None and known is None and claim.site.other_name:
+        site = claim.site.other_name
+        known = profile.thresholds_of(site)
     if profile is None or known is None:
         return from_policy(policy, claim.is_causal)
     measured = [one.density for one in profile.measured.get(site, ())]

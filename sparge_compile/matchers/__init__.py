@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import fx
 
 from sparge_compile.matchers import fused, mha, sdpa, softmax
-from sparge_compile.matchers.naming import module_name, source_location
+from sparge_compile.matchers.naming import module_name, other_name, source_location
 from sparge_compile.site import AttentionSite
 
 MATCHERS: list[Callable[[fx.GraphModule], list[AttentionSite]]] = [
@@ -37,7 +37,9 @@ def find_sites(gm: fx.GraphModule) -> list[AttentionSite]:
     for site, name in zip(sites, names, strict=True):
         seen[name] += 1
         full = f"{name}:{seen[name]}" if total[name] > 1 else name
-        named.append(replace(site, name=full, source=source_location(site.node)))
+        named.append(
+            replace(site, name=full, other_name=other_name(site.node, full), source=source_location(site.node))
+        )
     return named
 
 

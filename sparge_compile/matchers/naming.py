@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import fx, nn
 
 from sparge_compile import dynamo
@@ -26,6 +27,17 @@ def module_name(node: fx.Node) -> str:
         return frame[2] if frame else "attention"
     parts = (_name_of(root), qualified(path or ""))
     return ".".join(part for part in parts if part) or class_name or type(root).__name__
+
+
+_ATTENTION_OF_LAYER = ".self_attn"
+
+
+def other_name(node: fx.Node, name: str) -> str:
+    """The name a call of nn.TransformerEncoderLayer's has on the path of torch's that was not taken, or nothing."""
+    if node.target is dynamo.FUSED_ENCODER_LAYER:
+        return name + _ATTENTION_OF_LAYER
+    is_whole = node.target is torch.nn.functional.multi_head_attention_forward
+    return name.removesuffix(_ATTENTION_OF_LAYER) if is_whole and name.endswith(_ATTENTION_OF_LAYER) else ""
 
 
 def owner(node: fx.Node) -> tuple[str, str]:
@@ -55,7 +67,7 @@ def qualified(path: str) -> str:
     'blocks.3.attn1'
     """
     path = _ROOT.sub("", path, count=1)
-    path = _SUBSCRIPT.sub(r".\2", path)
+    path = _SUBSCRIPT.sub(r".\2", path).replace(".forward.__self__", "")  # of a forward bound by hand
     parts = [part for part in path.split(".") if part and part not in _PLUMBING]
     return ".".join(parts)
 

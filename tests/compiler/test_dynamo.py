@@ -374,3 +374,20 @@ def test_real_tensors_are_real_inside_fake_modes_and_the_users_modes():
     with torch.device("meta"), FakeTensorMode(), dynamo.real_tensors():
         assert torch.ones(2, device="cpu").sum().item() == 2, "unset_fake_temporarily changed"
         assert torch.ones(2).device.type == "cpu", "torch._C.DisableTorchFunction changed"
+
+
+def test_the_attention_kernels_and_their_order_are_those_torch_starts_with():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    assert dynamo.has_default_attention_kernels(), "torch._C._get_*_sdp_enabled or _get_sdp_priority_order changed"
+    kernels = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    for allowed, in_order in ((kernels[:3], False), (kernels, True)):
+        with sdpa_kernel(allowed, set_priority=in_order):
+            assert not dynamo.has_default_attention_kernels()
+    assert dynamo.has_default_attention_kernels()
+
+
+def test_the_fused_layers_activation_is_a_product_and_a_gelu():
+    bias, x, weight = torch.randn(3), torch.randn(2, 4), torch.randn(4, 3)
+    expected = F.gelu(x @ weight + bias)
+    torch.testing.assert_close(dynamo.addmm_activation(bias, x, weight, use_gelu=True), expected)

@@ -234,3 +234,8 @@ def test_without_a_kernel_it_is_dense_to_the_bit_or_raises(monkeypatch):
     assert torch.equal(exact(Q, K, V), SDPA(Q, K, V))
     with pytest.raises(StrictPolicyError, match="native CPU kernel is not available"):
         exact(Q, K, V, strict=True)
+
+
+def test_tensors_without_memory_are_dense_as_torch_has_them():
+    q = torch.empty(1, 2, 5, 8, device="meta")
+    assert sparge.attention(q, q, q).shape == F.scaled_dot_product_attention(q, q, q).shape

@@ -149,6 +149,28 @@ def test_thresholds_attached_where_the_fast_path_passes_by_are_not_ignored_in_si
     assert backend.rewritten == [True, True]
 
 
+@pytest.mark.parametrize("made_fast", [True, False], ids=["named-on-the-fast-path", "named-on-the-slow-path"])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast-path", "slow-path"])
+def test_a_layer_is_known_by_the_name_of_either_path(fast, made_fast):
+    """Which path torch takes depends on the input and on hooks; a policy and a profile must not."""
+    model, name = encoder(fast), (FAST if made_fast else SLOW)
+    kept = sparge.Policy(min_tokens=0, dense=(name.format(0),))
+    _, backend = run(model, X, policy=kept)
+    assert backend.rewritten == [False, True] and "dense pattern" in backend.sites[0].reason
+    torch._dynamo.reset()
+    own = Profile({name.format(1): (Thresholds(0.2, 1.0, -1.0, None),)})
+    _, backend = run(model, X, policy=sparge.Policy(min_tokens=0, profile=own))
+    assert [site.threshold_source for site in backend.sites] == ["rule full", "profile"]
+
+
+def test_thresholds_attached_by_the_name_of_the_fast_path_are_used_on_the_slow_one():
+    model, own = encoder(fast=False), Profile({FAST.format(0): (Thresholds(0.2, 1.0, -1.0, None),)})
+    with sparge.attach(model, own):
+        _, backend = run(model, X)
+    assert [site.threshold_source for site in backend.sites] == ["attached profile", "policy"]
+    assert [site.name for site in backend.sites] == [SLOW.format(0), SLOW.format(1)]
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_inductor_compiles_what_is_written_out(dynamic):
     model = decoder() if dynamic else encoder()
