@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import op_name
+from sparge_compile.graph import CONVERTS, op_name
 from sparge_compile.matchers.constants import constant, factor, number, rounded
 from sparge_compile.matchers.products import Product, Unread, is_float
 from sparge_compile.matchers.views import viewed
@@ -23,7 +23,6 @@ from sparge_compile.site import Mask
 
 # A finite number this low leaves a position no weight beside any ordinary score.
 _HIDES = -1e4
-_CONVERTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
 _SAME = {"contiguous", "clone", "detach", "identity"}
 _VIEWS = {
     "view",
@@ -147,7 +146,7 @@ def keeps_scores(node: fx.Node, source: fx.Node, view: Operand) -> Operand:
         return viewed(view, node)
     if name in ("dropout", "feature_dropout") and not _drops(node):
         return replace(view, node=node)
-    converts = name in _CONVERTS and after.dtype.is_floating_point and after.device == before.device
+    converts = name in CONVERTS and after.dtype.is_floating_point and after.device == before.device
     if converts or name in _SAME:
         return replace(view, node=node)
     raise Unread(f"{_CAPS[name]}" if name in _CAPS else f"the scores go through {name or node.target}")
