@@ -246,6 +246,7 @@ def _assemble(
 ) -> AttentionSite:
     result = dynamo.example(second.output.node)
     operands = [query, key, second.value, second.output, *(mask.operand for mask in scores.masks)]
+    scores.check_types(dynamo.hint(query.shape[3]), result.dtype)
     heads = scores.heads or second.output.heads or heads_of(query)
     if heads is not None:
         operands = [before_merge(taken_apart(operand, heads, query), written) for operand in operands]
