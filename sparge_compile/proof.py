@@ -95,7 +95,9 @@ class _Sizes:
 
     def of(self, value: Any) -> Any:
         """A size, symbolic or not, or another number."""
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if isinstance(value, torch.SymFloat):
+            return dynamo.specialize(value)  # the reading took it for the number it is now, too
+        if isinstance(value, (torch.SymInt, torch.SymBool)):
             for symbol, at_hand in sorted(dynamo.symbols(value).items(), key=str):
                 if symbol not in self._symbols:
                     keeps = at_hand is not None and at_hand <= _LONG  # a number of heads must stay what it is
