@@ -137,7 +137,7 @@ def _decide(
     if table is not None and isinstance(outcome, Decision):
         outcome = with_table(outcome, table)
     if isinstance(outcome, Decision) and site.several_nodes:
-        return prove(outcome, written) or outcome
+        return prove(outcome) or outcome
     return outcome
 
 

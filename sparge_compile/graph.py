@@ -5,11 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from sparge_compile import dynamo
+
+# What converts a tensor to another type of floating-point number; other arguments are asked for their type only.
+CONVERTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy")
 
 # Modules whose functions name a write: by a trailing underscore, an `out` or an `inplace` argument.
 _TORCH_MODULES = ("torch", "_operator", "math", "builtins")
@@ -89,10 +94,43 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
     Memory is told apart by the storage of the fake tensors, which views, aliases among the inputs and aliases made in
     ways nobody thought of all share.
     """
-    writers = [node for node in graph.nodes if may_write(node) and not _fills_fresh_memory(node)]
-    written = {dynamo.storage(argument) for node in writers for argument in _targets(node)}
-    written.discard(None)
+    written = writers(graph)
     return {node for node in graph.nodes if dynamo.storage(node) in written}
+
+
+def writers(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """The calls that may write in place to each memory (`dynamo.storage`), in graph order."""
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if not may_write(node) or _fills_fresh_memory(node):
+            continue
+        for storage in {dynamo.storage(argument) for argument in _targets(node)}:
+            if storage is not None:
+                found.setdefault(storage, []).append(node)
+    return found
+
+
+def tensors_between(outputs: Iterable[fx.Node], leaves: Collection[fx.Node], most: int) -> set[fx.Node]:
+    """The tensors that these are computed from, themselves included and `leaves` not; about `most` end the search."""
+    found: set[fx.Node] = set()
+    pending = list(outputs)
+    while pending and len(found) <= most:
+        node = pending.pop()
+        if node not in found and node not in leaves and isinstance(dynamo.example(node), torch.Tensor):
+            found.add(node)
+            pending.extend(node.all_input_nodes[:1] if op_name(node) in CONVERTS else node.all_input_nodes)
+    return found
+
+
+def writers_before(last: fx.Node, nodes: Collection[fx.Node], writing: Mapping[int, list[fx.Node]]) -> set[fx.Node]:
+    """What may write, before `last`, to memory that one of these nodes made, through whatever view.
+
+    A view of what is not among the nodes is left to whoever knows when that is read.
+    """
+    made = {
+        dynamo.storage(node) for node in nodes if dynamo.storage(node) not in map(dynamo.storage, node.all_input_nodes)
+    }
+    return {writer for storage in made if storage is not None for writer in writing.get(storage, ()) if writer < last}
 
 
 _CREATE = {"zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like"}

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from sparge_compile.graph import CONVERTS
 from sparge_compile.mask_values import Indicator, Open, Unproven, closes
 
 Evaluate = Callable[[str, torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 _ONES = ("ones", "ones_like", "new_ones")
-_CONVERTS = ("to", "bool", "int", "long", "float", "half", "bfloat16", "double", "type", "type_as")
+_CONVERTS = (*CONVERTS, "bool", "int", "long")
 _MOVES = ("contiguous", "clone", "detach", "expand", "expand_as", "broadcast_to", "unsqueeze", "getitem", "__getitem__")
 _TRIANGLES = ("tril", "triu")
 

@@ -7,7 +7,7 @@ attention in the operator's place. That the operator itself is right is its own 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import may_write, op_name
+from sparge_compile.graph import CONVERTS, op_name, tensors_between, writers, writers_before
 from sparge_compile.operands import Operand
 from sparge_compile.rewrite import attend
 from sparge_compile.site import Claim, Decision, Refusal
@@ -28,29 +28,27 @@ _LONG = 16
 _TAKES_SIZES = {"arange": 0, "ones": 0, "zeros": 0, "empty": 0, "full": 0, "expand": 1, "view": 1, "reshape": 1}
 _TAKES_SIZES |= {"_unsafe_view": 1, "unflatten": 1, "getitem": 1, "narrow": 1, "new_ones": 1, "new_zeros": 1}
 _TAKES_SIZES |= {"new_full": 1, "broadcast_to": 1, "repeat": 1}
-_CONVERTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy")
 _SAME = {"rtol": 1e-6, "atol": 1e-6}
 
 
-def prove(decision: Decision, written: set[fx.Node]) -> Refusal | None:
+def prove(decision: Decision) -> Refusal | None:
     """None if the rewritten form of a decided site computes what its nodes compute, else the reason it stays dense.
 
     Args:
         decision: for a site of several nodes.
-        written: nodes whose storage may be written in place (`graph.written_nodes`).
     """
     try:
         with dynamo.real_tensors(), torch.no_grad():
-            difference = _difference(decision, written)
+            difference = _difference(decision)
     except Exception as error:  # the nodes are the user's: whatever they raise, they are not proven
         difference = f"checking failed with {type(error).__name__}: {error}"
     return None if difference is None else Refusal(f"attention written out, and not proven equal: {difference}")
 
 
-def _difference(decision: Decision, written: set[fx.Node]) -> str | None:
+def _difference(decision: Decision) -> str | None:
     claim = decision.claim
     leaves = {operand.node for operand in _inputs(claim)}
-    piece = _piece(claim, leaves, written)
+    piece = _piece(claim, leaves, writers(claim.output.node.graph))
     small = _Sizes(claim)
     for rows in ("open", "closed") if claim.masks else ("open",):
         values = _random(claim, small, rows)
@@ -66,25 +64,18 @@ def _inputs(claim: Claim) -> tuple[Operand, ...]:
     return (claim.query, claim.key, claim.value, *(mask.operand for mask in claim.masks))
 
 
-def _piece(claim: Claim, leaves: set[fx.Node], written: set[fx.Node]) -> list[fx.Node]:
+def _piece(claim: Claim, leaves: set[fx.Node], writing: Mapping[int, list[fx.Node]]) -> list[fx.Node]:
     """The nodes of the call in their order: what the output is made of, and what writes into that."""
-    found: set[fx.Node] = set()
-    pending = [claim.output.node]
-    while pending:
-        node = pending.pop()
-        if node in found or node in leaves or not isinstance(dynamo.example(node), Tensor):
-            continue
+    output = claim.output.node
+    found = tensors_between([output], leaves, _MOST_NODES)
+    while missing := writers_before(output, found, writing) - found:
+        found |= tensors_between(missing, leaves, _MOST_NODES)
+        if not missing <= found:
+            raise ValueError(f"{min(missing - found)} may write in place to what it depends on")
+    for node in sorted(found):
         if node.op not in ("call_function", "call_method") or len(found) > _MOST_NODES:
             raise ValueError(f"it depends on {node}")
-        found.add(node)
-        pending.extend(_read_by(node))
-        if node in written and node is not claim.output.node:
-            pending.extend(user for user in node.users if may_write(user) and user < claim.output.node)
     return sorted(found)
-
-
-def _read_by(node: fx.Node) -> list[fx.Node]:
-    return node.all_input_nodes[:1] if op_name(node) in _CONVERTS else node.all_input_nodes
 
 
 class _Sizes:
@@ -104,7 +95,9 @@ class _Sizes:
 
     def of(self, value: Any) -> Any:
         """A size, symbolic or not, or another number."""
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if isinstance(value, torch.SymFloat):
+            return dynamo.specialize(value)  # the reading took it for the number it is now, too
+        if isinstance(value, (torch.SymInt, torch.SymBool)):
             for symbol, at_hand in sorted(dynamo.symbols(value).items(), key=str):
                 if symbol not in self._symbols:
                     keeps = at_hand is not None and at_hand <= _LONG  # a number of heads must stay what it is
@@ -165,17 +158,18 @@ def _run(piece: Iterable[fx.Node], output: fx.Node, inputs: dict[fx.Node, Tensor
 
 
 def _wide(result: Tensor, dtype: torch.dtype) -> Tensor:
-    """In double precision, but infinite where the type that the nodes compute in is."""
+    """In double precision, but infinite where the type that the nodes compute in is. In place: views see it, too."""
     result = result.double()
-    too_large = result.abs() > torch.finfo(dtype).max
-    return torch.where(too_large, result * math.inf, result) if too_large.any() else result
+    too_large = (result.abs() > torch.finfo(dtype).max) & result.isfinite()
+    return result.copy_(torch.where(too_large, result * math.inf, result)) if too_large.any() else result
 
 
 def _step(node: fx.Node, values: dict[fx.Node, Tensor], small: _Sizes) -> Tensor:
     example, name = dynamo.example(node), op_name(node)
-    if name in _CONVERTS:
+    if name in CONVERTS:
         source = values[node.all_input_nodes[0]]
-        return source.to(torch.float64 if example.dtype.is_floating_point else example.dtype)
+        dtype = torch.float64 if example.dtype.is_floating_point else example.dtype
+        return source.to(dtype, copy=dynamo.storage(node) != dynamo.storage(node.all_input_nodes[0]))
 
     def known(argument: fx.Node) -> Any:
         found = dynamo.example(argument)

@@ -9,10 +9,9 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import op_name
+from sparge_compile.graph import CONVERTS, op_name
 
 _MAKES = {"tensor": 0, "scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2, "as_tensor": 0, "new_tensor": 1}
-_CONVERTS = ("to", "float", "half", "bfloat16", "double", "type", "clone", "detach")
 
 
 def number(value: Any) -> int | float | None:
@@ -55,7 +54,11 @@ def _held(node: fx.Node) -> float | None:
         return None if found is None else float(found)
     if not node.args:
         return None
-    inner = constant(node.args[0]) if name in (*_CONVERTS, "sqrt") and isinstance(node.args[0], fx.Node) else None
+    inner = (
+        constant(node.args[0])
+        if name in (*CONVERTS, "clone", "detach", "sqrt") and isinstance(node.args[0], fx.Node)
+        else None
+    )
     if inner is None or (name == "sqrt" and inner < 0):
         return None
     return math.sqrt(inner) if name == "sqrt" else inner

@@ -1,4 +1,7 @@
-"""Operands as they were before the model merged batch and heads, or widened their type, for its own products."""
+"""Operands as they were before the model merged batch and heads, or widened their type, for its own products.
+
+Where the copy that the model made may be written in place, it is not what was copied, and stays the operand.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import op_name
+from sparge_compile.graph import CONVERTS, op_name
 from sparge_compile.matchers.products import Unread
 from sparge_compile.operands import Operand, keeps_digits
 from sparge_compile.repeated_heads import before_permutations
@@ -31,10 +34,15 @@ def taken_apart(operand: Operand, heads: int, query: Operand) -> Operand:
     return replace(operand, heads=heads)
 
 
-def before_merge(operand: Operand) -> Operand:
+def before_merge(operand: Operand, written: set[fx.Node]) -> Operand:
     """What was reshaped into batch x heads, before it was."""
-    source = _apart(operand) if operand.heads is not None else None
+    source = _apart(operand) if operand.heads is not None and not _copy_is_written(operand, written) else None
     return source if source is not None and source.shape[1] == operand.heads else operand
+
+
+def _copy_is_written(operand: Operand, written: set[fx.Node]) -> bool:
+    inner, chain = before_permutations(operand)
+    return not written.isdisjoint((*chain, inner.node))
 
 
 def _apart(operand: Operand) -> Operand | None:
@@ -54,7 +62,7 @@ def _apart(operand: Operand) -> Operand | None:
     return Operand(source, (0, 1, third, last))
 
 
-def as_narrow(name: str, operand: Operand, product: torch.dtype, output: torch.dtype) -> Operand:
+def as_narrow(name: str, operand: Operand, product: torch.dtype, output: torch.dtype, written: set[fx.Node]) -> Operand:
     """The operand in a type that the output's holds whole: before it was widened, if need be.
 
     Autocast may have narrowed it for the product; the claim casts as autocast did.
@@ -62,26 +70,28 @@ def as_narrow(name: str, operand: Operand, product: torch.dtype, output: torch.d
     dtype = dynamo.example(operand.node).dtype
     if keeps_digits(dtype, output) or (product == output and keeps_digits(product, dtype)):
         return operand
-    found = _narrow_source(operand, output)
+    found = _narrow_source(operand, output, written)
     if found is None:
         raise Unread(f"the {name} is {dtype}, the output {output}: it would lose digits")
     return found
 
 
-def _narrow_source(operand: Operand, output: torch.dtype) -> Operand | None:
+def _narrow_source(operand: Operand, output: torch.dtype, written: set[fx.Node]) -> Operand | None:
     inner, _ = before_permutations(operand)
     node = inner.node
-    source = node.args[0] if node.args and op_name(node) in ("to", "float", "double", "type") else None
+    source = node.args[0] if node.args and op_name(node) in CONVERTS else None
     if not isinstance(source, fx.Node) or not isinstance(dynamo.example(source), torch.Tensor):
+        return None
+    if _copy_is_written(operand, written):
         return None
     narrow = dynamo.example(source)
     whole = keeps_digits(narrow.dtype, output) and keeps_digits(narrow.dtype, dynamo.example(node).dtype)
     return replace(inner, node=source) if whole and narrow.device == dynamo.example(node).device else None
 
 
-def before_widening(operand: Operand, output: torch.dtype) -> Operand:
+def before_widening(operand: Operand, output: torch.dtype, written: set[fx.Node]) -> Operand:
     """A mask before it was widened, if it is wider than the output; what was not widened is returned as it is."""
     dtype = dynamo.example(operand.node).dtype
     if dtype == torch.bool or keeps_digits(dtype, output):
         return operand
-    return _narrow_source(operand, output) or operand
+    return _narrow_source(operand, output, written) or operand

@@ -6,6 +6,7 @@ view, the scale, or the masks; one that is not known to do exactly this ends the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,16 +15,18 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import op_name
+from sparge_compile.graph import CONVERTS, op_name
 from sparge_compile.matchers.constants import constant, factor, number, rounded
 from sparge_compile.matchers.products import Product, Unread, is_float
 from sparge_compile.matchers.views import viewed
 from sparge_compile.operands import Operand, keeps_digits
 from sparge_compile.site import Mask
 
-# A finite number this low leaves a position no weight beside any ordinary score.
-_HIDES = -1e4
-_CONVERTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
+# A finite number this low leaves a position no weight beside any ordinary score, and a lower one beside large scores.
+_HIDES, _HIDES_ANYWAY = -1e4, -1e8
+_ORDINARY = 100.0  # scale * sqrt(head_dim): the spread of the scores of normal numbers
+# Converting scores to these changes no more than their rounding; an eight-bit type would.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SAME = {"contiguous", "clone", "detach", "identity"}
 _VIEWS = {
     "view",
@@ -54,13 +57,19 @@ class Scores:
         masks: added to the scores or hiding them.
         fill: what hidden positions were filled with, None before any were.
         heads: how many there are, where the product has batch and heads in one dimension and a view takes them apart.
+        dtype: of the last step.
+        added_in: the types in which masks of floats were added.
+        narrowed: they have been converted to fp16, where what is large is infinite.
     """
 
     view: Operand
+    dtype: torch.dtype
     scale: Any = 1.0
     masks: list[Mask] = field(default_factory=list)
     fill: float | None = None
     heads: int | None = None
+    added_in: list[torch.dtype] = field(default_factory=list)
+    narrowed: bool = False
 
     def apply(self, node: fx.Node, source: fx.Node) -> None:
         """One step: `node` makes new scores out of `source`, or changes them in place."""
@@ -69,22 +78,24 @@ class Scores:
             _STEPS[name](self, node, source)
             self.converts_to(dynamo.example(node).dtype)
         else:
-            self.converts_to(dynamo.example(node).dtype)
             self.view, before = keeps_scores(node, source, self.view), self.view
+            self.converts_to(dynamo.example(node).dtype)
             if before.dims[0] is None and before.heads is None and not dynamo.known(self.view.shape[0] == 1):
                 self.heads = dynamo.specialize(self.view.shape[1])
 
-    def add(self, added: Any) -> None:
-        """Adds a mask of floats, of any shape that the scores' contains."""
+    def add(self, added: Any, dtype: torch.dtype) -> None:
+        """Adds a mask of floats, of any shape that the scores' contains, with a sum of this type."""
         if not is_float(added):
             raise Unread("what is added to the scores is not a tensor of floats")
         self.masks.append(Mask(self._aligned(added)))
+        self.added_in.append(dtype)
 
-    def hide(self, condition: Any, fill: Any, *, hides: bool) -> None:
-        """Fills positions with a number; `hides`: where the condition is true."""
+    def hide(self, condition: Any, fill: Any, dtype: torch.dtype, *, hides: bool) -> None:
+        """Fills positions of scores of this type with a number; `hides`: where the condition is true."""
         value = constant(fill)
         if value is None:
             raise Unread("masked scores are filled with what is not a constant number")
+        value = rounded(value, dtype)
         if not value <= _HIDES:
             raise Unread(f"masked scores are filled with {value}, which may leave them weight")
         if self.fill is not None and self.fill != value:
@@ -97,6 +108,10 @@ class Scores:
 
     def converts_to(self, dtype: torch.dtype) -> None:
         """What positions were filled with, and what was added to them, may become infinite in a narrower type."""
+        if self.narrowed and dtype != torch.float16:
+            raise Unread(f"the scores are converted to fp16, where large ones are infinite, and back to {dtype}")
+        self.narrowed = self.narrowed or (dtype == torch.float16 and self.dtype != torch.float16)
+        self.dtype = dtype
         if self.fill is not None:
             self.fill = rounded(self.fill, dtype)
         added = [dynamo.example(m.operand.node).dtype for m in self.masks]
@@ -110,6 +125,21 @@ class Scores:
         if self.masks:
             raise Unread("the scores are scaled after they were masked")
         self.scale = self.scale * by
+
+    def check_types(self, head_dim: int | None, output: torch.dtype) -> None:
+        """The operator sums masks in the output's type, and takes a fill for a position that is closed.
+
+        Raises:
+            Unread: the sum would be another, or a large score might leave filled positions weight.
+        """
+        wider = [dtype for dtype in self.added_in if not keeps_digits(dtype, output)]
+        if wider and len(self.added_in) > 1:
+            raise Unread(f"several masks are added to the scores in {wider[0]}, and the output is {output}")
+        scale = dynamo.specialize(self.scale)
+        if self.fill is None or self.fill <= _HIDES_ANYWAY or scale is None or head_dim is None:
+            return
+        if abs(scale) * math.sqrt(head_dim) > _ORDINARY:
+            raise Unread(f"masked scores are filled with {self.fill}, which may leave them weight with scale {scale}")
 
     def _aligned(self, node: fx.Node) -> Operand:
         """A tensor beside the scores, as broadcasting sees it."""
@@ -143,11 +173,11 @@ def keeps_scores(node: fx.Node, source: fx.Node, view: Operand) -> Operand:
     name, before, after = canonical(node), dynamo.example(source), dynamo.example(node)
     if not node.args or node.args[0] is not source or not isinstance(after, torch.Tensor):
         raise Unread(f"the scores go through {name or node.target}, which is not understood")
-    if name in _VIEWS:
+    if name in _VIEWS and after.dtype == before.dtype:
         return viewed(view, node)
     if name in ("dropout", "feature_dropout") and not _drops(node):
         return replace(view, node=node)
-    converts = name in _CONVERTS and after.dtype.is_floating_point and after.device == before.device
+    converts = name in CONVERTS and after.dtype in _FLOATS and after.device == before.device
     if converts or name in _SAME:
         return replace(view, node=node)
     raise Unread(f"{_CAPS[name]}" if name in _CAPS else f"the scores go through {name or node.target}")
@@ -173,10 +203,10 @@ def first_scores(product: Product, node: fx.Node) -> Scores:
         raise Unread("the product of queries and keys has more than batch, heads and one dimension of each")
     places = (*[None] * (2 - len(shared)), *[product.letters.index(x) for x in (*shared, rows[0], columns[0])])
     first, second, third, last = places
-    scores = Scores(Operand(node, (first, second, third, last)))
+    scores = Scores(Operand(node, (first, second, third, last)), dynamo.example(node).dtype)
     scores.multiply(product.scale)
     if product.added is not None:
-        scores.add(product.added)
+        scores.add(product.added, scores.dtype)
     return scores
 
 
@@ -201,7 +231,7 @@ def _divide(scores: Scores, node: fx.Node, source: fx.Node) -> None:
 
 
 def _add(scores: Scores, node: fx.Node, source: fx.Node) -> None:
-    scores.add(_other(node, source))
+    scores.add(_other(node, source), dynamo.example(node).dtype)
     _moves_on(scores, node)
 
 
@@ -213,7 +243,7 @@ def _fill(scores: Scores, node: fx.Node, source: fx.Node) -> None:
     given = _bound(node, ("self", "mask", "value"))
     if given["self"] is not source:
         raise Unread("masked_fill is not of the scores")
-    scores.hide(given["mask"], given["value"], hides=True)
+    scores.hide(given["mask"], given["value"], dynamo.example(node).dtype, hides=True)
     _moves_on(scores, node)
 
 
@@ -223,7 +253,8 @@ def _where(scores: Scores, node: fx.Node, source: fx.Node) -> None:
     yes, no = given["input"], given["other"]
     if (yes is source) == (no is source):
         raise Unread("where() does not choose between the scores and a number")
-    scores.hide(given["condition"], no if yes is source else yes, hides=yes is not source)
+    fill = no if yes is source else yes
+    scores.hide(given["condition"], fill, dynamo.example(node).dtype, hides=yes is not source)
     _moves_on(scores, node)
 
 

@@ -7,7 +7,7 @@ read is reported with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import op_name
+from sparge_compile.graph import op_name, tensors_between, writers, writers_before
 from sparge_compile.matchers import lookalikes
 from sparge_compile.matchers.operand_sources import as_narrow, before_merge, before_widening, heads_of, taken_apart
 from sparge_compile.matchers.products import Product, Unread, check_no_broadcast, is_product, read_product
@@ -33,29 +33,35 @@ NOT_ATTENTION = lookalikes.NOT_ATTENTION
 _NOT_OVER_KEYS = "matmul, softmax, matmul with a softmax that is not over the last dimension: this is not attention"
 _QUERIES, _KEYS = 2, 3
 _LONGEST_PATH = 24
+_MOST_TENSORS = 200
 # What asks a tensor for its sizes or type only.
 _ASKS = {"size", "dim", "numel", "stride", "is_contiguous", "full_like", "zeros_like", "ones_like", "empty_like"}
 _ASKS |= {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "sym_size", "sym_numel", "sym_stride"}
+
+# `graph.writers`
+Writing = Mapping[int, list[fx.Node]]
 
 
 def match(gm: fx.GraphModule) -> list[AttentionSite]:
     """Every hand-written attention, read or with the reason it cannot be, and what does its work in other ways."""
     sites: list[AttentionSite] = []
+    writing: Writing | None = None
     parameters = lookalikes.parameters(gm.graph)
     for node in gm.graph.nodes:
         reason = lookalikes.reason(node, parameters)
         if reason is not None:
             sites.append(AttentionSite(node, reason.pattern, unmatched=reason.text))
         elif lookalikes.is_softmax(node) and lookalikes.between_products(node, parameters):
-            sites.append(_site(node))
+            writing = writers(gm.graph) if writing is None else writing
+            sites.append(_site(node, writing))
     return sites
 
 
-def _site(node: fx.Node) -> AttentionSite:
+def _site(node: fx.Node, writing: Writing) -> AttentionSite:
     if not _is_over_last_dim(node):
         return AttentionSite(node, NOT_ATTENTION, unmatched=_NOT_OVER_KEYS)
     try:
-        return _read(node)
+        return _read(node, writing)
     except Unread as unread:
         return AttentionSite(node, "softmax", unmatched=f"attention written out, and not read: {unread}")
 
@@ -73,7 +79,7 @@ class _Second:
     output: Operand
 
 
-def _read(softmax: fx.Node) -> AttentionSite:
+def _read(softmax: fx.Node, writing: Writing) -> AttentionSite:
     path = _path_to_product(_softmax_input(softmax))
     if path is None:
         raise Unread(
@@ -81,9 +87,11 @@ def _read(softmax: fx.Node) -> AttentionSite:
         )
     product = read_product(path[0])
     scores = first_scores(product, path[0])
+    understood = set(path)
     for consumer, source in zip([*path[1:], softmax], path, strict=True):
         for statement in _statements(source, consumer):
             scores.apply(statement, source)
+            understood.add(statement)
         if consumer is not softmax:
             scores.apply(consumer, source)
     scores.converts_to(dynamo.example(softmax).dtype)
@@ -96,7 +104,23 @@ def _read(softmax: fx.Node) -> AttentionSite:
         scores.view = _transposed(scores.view)
         scores.masks = [replace(mask, operand=_transposed(mask.operand)) for mask in scores.masks]
     second = _second_product(softmax, replace(scores.view, node=softmax))
-    return _assemble(scores, dynamo.example(path[0]), query, key, second)
+    written = {node for node in softmax.graph.nodes if dynamo.storage(node) in writing}
+    site = _assemble(scores, dynamo.example(path[0]), query, key, second, written)
+    _check_writes(site, understood, writing)
+    return site
+
+
+def _check_writes(site: AttentionSite, understood: set[fx.Node], writing: Writing) -> None:
+    """What is made between the operands and the output must hold what its own call gave it.
+
+    A write to an operand is none of this: `claim` knows whether one comes after a part of the call has read it.
+    """
+    operands = [site.query, site.key, site.value, *(mask.operand for mask in site.masks)]
+    leaves = {operand.node for operand in operands if operand is not None}
+    made = tensors_between([site.node], leaves, _MOST_TENSORS)
+    others = writers_before(site.node, made, writing) - understood
+    if others:
+        raise Unread(f"{min(others)} may write in place to a tensor that the call makes")
 
 
 def _softmax_input(softmax: fx.Node) -> fx.Node:
@@ -213,20 +237,23 @@ def _values(product: Product, node: fx.Node, weights: Operand, source: fx.Node) 
     )
 
 
-def _assemble(scores: Scores, product: torch.Tensor, query: Operand, key: Operand, second: _Second) -> AttentionSite:
+def _assemble(
+    scores: Scores, product: torch.Tensor, query: Operand, key: Operand, second: _Second, written: set[fx.Node]
+) -> AttentionSite:
     result = dynamo.example(second.output.node)
     operands = [query, key, second.value, second.output, *(mask.operand for mask in scores.masks)]
+    scores.check_types(dynamo.hint(query.shape[3]), result.dtype)
     heads = scores.heads or second.output.heads or heads_of(query)
     if heads is not None:
-        operands = [before_merge(taken_apart(operand, heads, query)) for operand in operands]
+        operands = [before_merge(taken_apart(operand, heads, query), written) for operand in operands]
     elif query.dims[0] is None:
         # A batch may be of any size, a number of heads is guarded on.
         operands = [replace(x, dims=(x.dims[1], x.dims[0], x.dims[2], x.dims[3])) for x in operands]
     query, key, value, output, *masked = operands
-    query = as_narrow("query", query, product.dtype, result.dtype)
-    key = as_narrow("key", key, product.dtype, result.dtype)
+    query = as_narrow("query", query, product.dtype, result.dtype, written)
+    key = as_narrow("key", key, product.dtype, result.dtype, written)
     masks = tuple(
-        Mask(before_widening(operand, result.dtype), mask.hides)
+        Mask(before_widening(operand, result.dtype, written), mask.hides)
         for mask, operand in zip(scores.masks, masked, strict=True)
     )
     return AttentionSite(
