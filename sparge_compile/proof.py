@@ -19,6 +19,7 @@ from sparge_compile.graph import CONVERTS, op_name, tensors_between, writers, wr
 from sparge_compile.operands import Operand
 from sparge_compile.rewrite import attend
 from sparge_compile.site import Claim, Decision, Refusal
+from sparge_kernels.mask_inputs import attending, fill_empty_rows
 
 _MOST_NODES = 200
 _MOST_ELEMENTS = 2**22
@@ -218,6 +219,8 @@ def dense_attention(
     is_causal: bool,
     scale: float,
     layout: Sequence[int],
+    mask_hides: bool = False,
+    empty_rows: str = "zero",
     **_: Any,
 ) -> Tensor:
     """What `sparge::attention` computes if it skips and rounds nothing."""
@@ -227,10 +230,13 @@ def dense_attention(
     if is_causal:
         scores = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool, device="cpu").triu(1), -math.inf)
     if attn_mask is not None:
+        attn_mask = attending(attn_mask, mask_hides)
         closed = ~attn_mask if attn_mask.dtype == torch.bool else None
         scores = scores + attn_mask if closed is None else scores.masked_fill(closed, -math.inf)
     weights = scores.softmax(-1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
     output = weights @ value
+    if attn_mask is not None:
+        fill_empty_rows(output, value, attn_mask, empty_rows)
     return torch.empty_permuted(output.shape, tuple(layout), dtype=output.dtype, device="cpu").copy_(output)
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
 
 from sparge_compile import dynamo
+from sparge_compile.graph import op_name, written_nodes
 from sparge_compile.operands import as_in, call, memory_order, method, with_four_dimensions
 from sparge_compile.pieces import copy_piece, replace_first_result
-from sparge_compile.site import Claim, Decision
+from sparge_compile.site import Claim, Decision, Mask
 from sparge_kernels.thresholds import pack
+
+_NEGATIONS = ("logical_not", "bitwise_not", "invert", "inv", "__invert__")
 
 
 def rewrite(gm: fx.GraphModule, decisions: Sequence[Decision]) -> None:
@@ -23,14 +28,34 @@ def rewrite(gm: fx.GraphModule, decisions: Sequence[Decision]) -> None:
     which of them have side effects.
     """
     replaced: dict[fx.Node, fx.Node] = {}
+    made: dict[Any, tuple[fx.Node | None, bool]] = {}
+    written = written_nodes(gm.graph) if any(decision.claim.masks for decision in decisions) else set()
     for decision in decisions:
-        _rewrite_site(gm.graph, decision, replaced)
+        steady = decision.claim.site.piece is None and _is_steady(decision.claim.masks, written)
+        if steady:
+            masks = tuple(_without_negation(mask, written) for mask in decision.claim.masks)
+            decision = replace(decision, claim=replace(decision.claim, masks=masks))
+        _rewrite_site(gm.graph, decision, replaced, made if steady else None)
     if decisions:
         gm.graph.lint()
         gm.recompile()
 
 
-def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, fx.Node]) -> None:
+def _is_steady(masks: Sequence[Mask], written: set[fx.Node]) -> bool:
+    """Are the masks the same wherever in the graph they are read?"""
+    return not any(mask.operand.node in written for mask in masks)
+
+
+def _without_negation(mask: Mask, written: set[fx.Node]) -> Mask:
+    """The mask read from what it negates, if that is the same wherever it is read."""
+    node = mask.operand.node
+    source = node.args[0] if op_name(node) in _NEGATIONS and len(node.all_input_nodes) == 1 and node.args else None
+    if not isinstance(source, fx.Node) or source in written or dynamo.example(source).dtype != torch.bool:
+        return mask
+    return _without_negation(Mask(replace(mask.operand, node=source), not mask.hides), written)
+
+
+def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, fx.Node], made: Any) -> None:
     """`replaced` maps the nodes of earlier sites, which may be this one's inputs, to what stands for them now."""
     claim = decision.claim
     node, piece = claim.site.node, claim.site.piece
@@ -40,7 +65,7 @@ def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, f
 
     with graph.inserting_before(node):
         if piece is None:
-            replacement = attend(graph, decision, stands_for)
+            replacement = attend(graph, decision, stands_for, made=made)
         else:
             write_attention = partial(attend, graph, decision)
             now = copy_piece(graph, piece, node, stands_for, claim.output.node, write_attention)
@@ -54,6 +79,7 @@ def attend(
     decision: Decision,
     stands_for: Callable[[fx.Node], fx.Node],
     operator: Callable[..., torch.Tensor] = torch.ops.sparge.attention.default,
+    made: dict[Any, tuple[fx.Node | None, bool]] | None = None,
 ) -> fx.Node:
     """New nodes that compute a decided site, and the last of them, which has the dimensions of the site's output.
 
@@ -62,13 +88,14 @@ def attend(
         decision: what to compute.
         stands_for: the node of `graph` for each node of the claim.
         operator: what takes the operator's arguments.
+        made: the masks of earlier calls, for those that are the same wherever they are read; None: make them anew.
     """
     claim, table = decision.claim, decision.table
     query, key, value = (
         _cast(graph, with_four_dimensions(graph, operand, stands_for(operand.node)), claim.dtype)
         for operand in (claim.query, claim.key, claim.value)
     )
-    mask = attn_mask(graph, claim, stands_for)
+    mask, hides = _one_mask(graph, claim, stands_for, made)
     numbers = {} if table is None else {"threshold_table": method(graph, stands_for(table), "view", torch.float64)}
     output = call(
         graph,
@@ -76,7 +103,7 @@ def attend(
         query,
         key,
         value,
-        **({} if mask is None else {"attn_mask": mask}),
+        **({} if mask is None else {"attn_mask": mask, "mask_hides": hides, "empty_rows": claim.site.empty_rows}),
         **numbers,
         thresholds=pack(decision.thresholds),
         is_causal=claim.is_causal,
@@ -89,43 +116,64 @@ def attend(
         layout=memory_order(claim.output),
         site=claim.site.name,
     )
-    if mask is not None and claim.site.empty_rows != "zero":
-        output = _with_empty_rows(graph, claim, mask, value, output)
     return as_in(graph, claim.output, output)
-
-
-def _with_empty_rows(graph: fx.Graph, claim: Claim, mask: fx.Node, value: fx.Node, output: fx.Node) -> fx.Node:
-    """The output with what the replaced call gives where a query may attend to nothing; the operator gives zeros."""
-    if dynamo.example(mask).dtype == torch.bool:
-        empty = call(graph, torch.logical_not, call(graph, torch.any, mask, -1, True))
-    else:
-        empty = call(graph, torch.all, call(graph, torch.eq, mask, -math.inf), -1, True)
-    order = memory_order(claim.output)  # of which the operations below would not keep what is broadcast
-    in_memory, rows = (method(graph, tensor, "permute", order) for tensor in (output, empty))
-    if claim.site.empty_rows == "nan":
-        filled = method(graph, in_memory, "masked_fill", rows, math.nan)
-    else:
-        mean = method(graph, value, "mean", 2, True)
-        groups = dynamo.specialize(claim.query.shape[1]) // dynamo.specialize(claim.value.shape[1])
-        mean = mean if groups == 1 else method(graph, mean, "repeat_interleave", groups, 1)
-        filled = call(graph, torch.where, rows, method(graph, mean, "permute", order), in_memory)
-    return method(graph, filled, "permute", [order.index(dim) for dim in range(4)])
 
 
 def attn_mask(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> fx.Node | None:
     """New nodes that make the masks of a claim one, four-dimensional, boolean if all of them are; None for no mask."""
-    attend, added = None, None
+    mask, hides = _one_mask(graph, claim, stands_for, None)
+    return call(graph, torch.logical_not, mask) if mask is not None and hides else mask
+
+
+def _one_mask(
+    graph: fx.Graph,
+    claim: Claim,
+    stands_for: Callable[[fx.Node], fx.Node],
+    made: dict[Any, tuple[fx.Node | None, bool]] | None,
+) -> tuple[fx.Node | None, bool]:
+    """(`attn_mask`, does its True hide?); from `made` where layers share it."""
+    operands = tuple((stands_for(x.operand.node), x.operand.dims, x.operand.heads, x.hides) for x in claim.masks)
+    known = {} if made is None else made
+    if (operands, claim.dtype) not in known:
+        mask, hides = _combined(graph, claim, stands_for)
+        known[operands, claim.dtype] = (None if mask is None else _with_keys_together(graph, mask)), hides
+    return known[operands, claim.dtype]
+
+
+def _combined(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> tuple[fx.Node | None, bool]:
+    """What Inductor makes of booleans it computes one by one: masks that all hide are left to hide."""
+    hides = all(mask.hides for mask in claim.masks if _is_boolean(mask))
+    combine = torch.logical_or if hides else torch.logical_and
+    boolean, added = None, None
     for mask in claim.masks:
         one = with_four_dimensions(graph, mask.operand, stands_for(mask.operand.node))
-        if dynamo.example(one).dtype != torch.bool:
+        if not _is_boolean(mask):
             one = _cast(graph, one, claim.dtype)
             added = one if added is None else call(graph, torch.add, added, one)
             continue
-        one = call(graph, torch.logical_not, one) if mask.hides else one
-        attend = one if attend is None else call(graph, torch.logical_and, attend, one)
-    if attend is not None and added is not None:
-        return method(graph, added, "masked_fill", call(graph, torch.logical_not, attend), -math.inf)
-    return added if attend is None else attend
+        one = call(graph, torch.logical_not, one) if mask.hides != hides else one
+        boolean = one if boolean is None else call(graph, combine, boolean, one)
+    if added is None:
+        return boolean, hides and boolean is not None
+    if boolean is not None:
+        hidden = boolean if hides else call(graph, torch.logical_not, boolean)
+        added = method(graph, added, "masked_fill", hidden, -math.inf)
+    return added, False
+
+
+def _with_keys_together(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """On a CPU, the mask with keys next to each other in memory: the operator would copy it for each layer anew."""
+    example = dynamo.example(mask)
+    apart = isinstance(example.stride(3), int) and example.stride(3) not in (0, 1)
+    repeats = any(isinstance(stride, int) and stride == 0 for stride in example.stride())
+    if not apart or repeats or example.device.type != "cpu":
+        return mask
+    # An operator of its own: Inductor takes `contiguous` for a request that it may forget.
+    return call(graph, torch.ops.sparge.keys_together.default, mask)
+
+
+def _is_boolean(mask: Mask) -> bool:
+    return dynamo.example(mask.operand.node).dtype == torch.bool
 
 
 def _cast(graph: fx.Graph, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sparge_kernels.mask_inputs import EMPTY_ROWS
 from sparge_kernels.thresholds import FIELDS, PREDICTORS, check_count
 
 MAX_HEAD_DIM = 256  # 127 * 127 * 256 < 2^24: INT8 products stay exact in fp32
@@ -84,14 +85,20 @@ def check_thresholds(thresholds: Sequence[float], table: Tensor | None, query: T
         )
 
 
-def check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor, *, is_causal: bool) -> None:
+def check_mask(
+    attn_mask: Tensor | None, query: Tensor, key: Tensor, *, is_causal: bool, hides: bool, empty_rows: str
+) -> None:
     """ValueError or TypeError on a mask no kernel takes."""
+    if empty_rows not in EMPTY_ROWS:
+        raise ValueError(f"empty_rows={empty_rows!r} is not known; allowed: {_names(EMPTY_ROWS)}.")
     if attn_mask is None:
         return
     if is_causal:
         raise ValueError("attn_mask and is_causal=True are given together; put causality into the mask.")
     if attn_mask.dtype not in (torch.bool, query.dtype):
         raise TypeError(f"attn_mask is {attn_mask.dtype}; bool and query's {query.dtype} are allowed. Cast it.")
+    if hides and attn_mask.dtype != torch.bool:
+        raise TypeError(f"mask_hides=True is given with an attn_mask of {attn_mask.dtype}; it is about bool masks.")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask is on {attn_mask.device}, query on {query.device}. Move it.")
     wanted = (*query.shape[:3], key.shape[2])

@@ -1,7 +1,7 @@
 """The operator `sparge::attention`: schema, fake, validation and dispatch by device. Imports no Triton.
 
 `sparge::attention` returns the output; `sparge::attention_with_stats` returns (output, density, pv_skipped).
-Arguments of both:
+`sparge::keys_together` is a contiguous copy of a mask, for several calls to share. Arguments of the first two:
 
     query [B, Hq, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv]: one dtype (fp32, bf16 or fp16), one
         device, any strides. Hq == Hkv, or Hq a multiple of Hkv with enable_gqa (repeat_interleave semantics).
@@ -10,6 +10,9 @@ Arguments of both:
         may differ from call to call of one compiled graph. On a GPU nothing reads them back, so numbers out of range
         are an error on the CPU only; whoever fills the table makes them from `Thresholds`.
     attn_mask: bool (True is "attend") or query's dtype, [B or 1, Hq or 1, Sq or 1, Sk or 1]; not with is_causal.
+    mask_hides: True of a bool attn_mask is "hidden".
+    empty_rows: what a query gives to which attn_mask leaves nothing: "zero" (as SDPA does), "nan", or the "mean" of the
+        values of all keys.
     is_causal: top-left aligned. scale: default 1 / sqrt(D).
     precision: "int8" or "none" (no quantization).
     predictor: "clusters" or "sparge" (the paper's), see predict.py.
@@ -36,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparge_kernels.checks import DEVICES, check_call, check_mask, check_static, check_thresholds, supported_device
+from sparge_kernels.mask_inputs import attending, fill_empty_rows
 from sparge_kernels.thresholds import DEFAULT_PREDICTOR, Thresholds, unpack
 
 __all__ = [
@@ -53,11 +57,13 @@ __all__ = [
 _ARGUMENTS = (
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor? threshold_table=None, *, "
     "float[] thresholds=[], bool is_causal=False, float? scale=None, bool enable_gqa=False, str precision='int8', "
-    "str predictor='clusters', int? min_tokens=None, int[] layout=[], str site='')"
+    "str predictor='clusters', int? min_tokens=None, int[] layout=[], str site='', bool mask_hides=False, "
+    "str empty_rows='zero')"
 )
 # The kernels take any strides, so Inductor need not copy inputs to the strides seen while tracing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
+torch.library.define("sparge::keys_together", "(Tensor attn_mask) -> Tensor", tags=_TAGS)
 torch.library.define("sparge::attention", f"{_ARGUMENTS} -> Tensor", tags=_TAGS)
 torch.library.define(
     "sparge::attention_with_stats",
@@ -143,11 +149,15 @@ def _run(
     min_tokens: int | None = None,
     layout: Sequence[int] = (),
     site: str = "",
+    mask_hides: bool = False,
+    empty_rows: str = "zero",
     with_statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     check_call(query, key, value, enable_gqa=enable_gqa, precision=precision, predictor=predictor, layout=layout)
     check_thresholds(thresholds, threshold_table, query)
-    check_mask(attn_mask, query, key, is_causal=is_causal)
+    check_mask(attn_mask, query, key, is_causal=is_causal, hides=mask_hides, empty_rows=empty_rows)
+    if attn_mask is not None:
+        attn_mask = attending(attn_mask, mask_hides)
     out = _empty_output(query, value, layout)
     per_head = _per_head(query, thresholds, threshold_table)
     records = _records.get()
@@ -175,6 +185,8 @@ def _run(
                 out=out,
                 with_statistics=with_statistics,
             )
+        if attn_mask is not None:
+            fill_empty_rows(out, value, attn_mask, empty_rows)
     density, pv_skipped = statistics or (None, None)
     if records is not None and density is not None and pv_skipped is not None:
         records.append(StatsRecord(site, density, pv_skipped, "dense" if runs_dense else "sparse"))
@@ -252,17 +264,23 @@ def _fake(
     precision: str = "int8",
     predictor: str = DEFAULT_PREDICTOR,
     layout: Sequence[int] = (),
+    mask_hides: bool = False,
+    empty_rows: str = "zero",
     **_: Any,
 ) -> Tensor:
     check_call(query, key, value, enable_gqa=enable_gqa, precision=precision, predictor=predictor, layout=layout)
     check_thresholds(thresholds, threshold_table, query)
-    check_mask(attn_mask, query, key, is_causal=is_causal)
+    check_mask(attn_mask, query, key, is_causal=is_causal, hides=mask_hides, empty_rows=empty_rows)
     return _empty_output(query, value, layout)
 
 
 def _fake_with_stats(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     density = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     return _fake(query, *args, **kwargs), density, torch.empty_like(density)
+
+
+def _keys_together(attn_mask: Tensor) -> Tensor:
+    return attn_mask.clone(memory_format=torch.contiguous_format)
 
 
 def _unsupported(query: Tensor, *_: Any, **__: Any) -> Any:
@@ -284,6 +302,7 @@ def _no_backward(ctx: Any, *grads: Any) -> Any:
 for _name, _implementation, _fake_implementation in (
     ("sparge::attention", _attention, _fake),
     ("sparge::attention_with_stats", _run, _fake_with_stats),
+    ("sparge::keys_together", _keys_together, _keys_together),
 ):
     torch.library.impl(_name, "default", _unsupported)
     torch.library.impl(_name, DEVICES, _implementation)
