@@ -4,7 +4,7 @@ The model is traced as `torch.compile(model, backend="sparge")` would trace it (
 the rewritten graphs, without Inductor: what is reported is what the compile does, sooner. A graph reports its sites
 when it runs, so graphs that are shared or were compiled before report too. Calls that ran eagerly, outside every
 compiled graph, are seen by a profiling hook that watches Python call torch's attention functions; a softmax out there
-is noted, since it may be attention written out by hand.
+is noted, since it may be attention written out by hand. A site that ran both ways, sparse and dense, is listed twice.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from sparge_compile.backend import transform
 from sparge_compile.markers import ATTACHED_SOURCE
 from sparge_compile.policy import Policy, split_options
 from sparge_compile.report import Report, SiteReport
-from sparge_compile.watch import OUTSIDE, Watcher, module_running, run_aside
+from sparge_compile.watch import NONE_SEEN, OUTSIDE, Watcher, module_running, run_aside
 from sparge_kernels import ops
+
+_DENSE_AT_RUN_TIME = "the operator ran it dense: at run time there were fewer queries or keys than min_tokens, or none"
 
 
 def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None, **kwargs: Any) -> Report:
@@ -59,7 +61,8 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
                 compiled(*args, **kwargs)
     finally:
         _COLLECTOR.reset(token)
-    return Report(tuple(collector.sites.values()), collector.notes)
+    sites = tuple(collector.sites.values())
+    return Report(sites, collector.notes or (() if sites else (NONE_SEEN,)))
 
 
 def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -81,24 +84,41 @@ def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
 
 
 def _with_stats(sites: Sequence[SiteReport], records: Sequence[ops.StatsRecord]) -> list[SiteReport]:
+    """The sites as they ran: of those rewritten, one entry if sparse, one if dense, both if calls of it differ."""
     measured = []
     for site in sites:
         of_site = [record for record in records if record.site == site.name]
-        if of_site:
-            density = torch.stack([record.density.mean() for record in of_site]).mean().item()
-            pv_skipped = torch.stack([record.pv_skipped.mean() for record in of_site]).mean().item()
-            site = replace(site, density=density, pv_skipped=pv_skipped)
-        measured.append(site)
+        ran_sparse = [record for record in of_site if record.ran == "sparse"]
+        if ran_sparse:
+            density = torch.stack([record.density.mean() for record in ran_sparse]).mean().item()
+            pv_skipped = torch.stack([record.pv_skipped.mean() for record in ran_sparse]).mean().item()
+            measured.append(replace(site, density=density, pv_skipped=pv_skipped))
+        if len(ran_sparse) < len(of_site):
+            measured.append(_ran_dense(site))
+        if not of_site:
+            measured.append(site)
     return measured
 
 
+def _ran_dense(site: SiteReport) -> SiteReport:
+    return replace(
+        site,
+        rewritten=False,
+        reason=_DENSE_AT_RUN_TIME,
+        thresholds=(),
+        threshold_source=None,
+        predictor=None,
+        expected_density=None,
+    )
+
+
 class _Collector(Watcher):
-    """The sites of one `explain`, by name and place in the source, in the order they ran."""
+    """The sites of one `explain`, by name, place in the source and how they ran, in the order they ran."""
 
     def __init__(self, target: Callable[..., Any]) -> None:
         super().__init__(target)
         self._target = target
-        self.sites: dict[tuple[str, str], SiteReport] = {}
+        self.sites: dict[tuple[str, str, bool], SiteReport] = {}
 
     def add(self, sites: Sequence[SiteReport], traced_in: nn.Module | None, running: nn.Module | None) -> None:
         """Adds the sites of a graph that ran."""
@@ -107,10 +127,13 @@ class _Collector(Watcher):
             if site.threshold_source == ATTACHED_SOURCE:
                 attached = attached_thresholds(self._target, name)
                 site = replace(site, thresholds=tuple(asdict(entry) for entry in attached))
-            self.sites[name, site.source] = replace(site, name=name)
+            self._list(replace(site, name=name))
 
     def ran_outside(self, name: str, source: str, pattern: str) -> None:
-        self.sites[name, source] = SiteReport(name, rewritten=False, reason=OUTSIDE, source=source, pattern=pattern)
+        self._list(SiteReport(name, rewritten=False, reason=OUTSIDE, source=source, pattern=pattern))
+
+    def _list(self, site: SiteReport) -> None:
+        self.sites[site.name, site.source, site.rewritten] = site
 
 
 _COLLECTOR: ContextVar[_Collector | None] = ContextVar("sparge_explain", default=None)

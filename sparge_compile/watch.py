@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
@@ -24,7 +25,11 @@ OUTSIDE = "the call ran outside every compiled graph, after a graph break; TORCH
 _SOFTMAX_OUTSIDE = (
     "A softmax ran outside every compiled graph at {}; if that is attention written out by hand, it stays as it is."
 )
-_NOT_WATCHED = "Calls outside compiled graphs are not listed: another profiler is active in this thread."
+_NOT_WATCHED = "Calls outside compiled graphs may be missing: another profiler was active in this thread."
+NONE_SEEN = (
+    "No attention call was seen. Outside compiled graphs, only Python's own calls of torch's attention are: not those "
+    "that C code makes (functools.partial, map, TorchScript) or other threads, nor kernels of other libraries."
+)
 
 # The functions of torch that hold a whole attention, and the pattern that each one is in a graph.
 _PATTERNS = {
@@ -33,6 +38,8 @@ _PATTERNS = {
     id(dynamo.FUSED_MULTI_HEAD_ATTENTION): "mha",
 }
 _MULTI_HEAD_ATTENTION = F.multi_head_attention_forward.__code__
+_OPERATOR_CALLS = (dynamo.OperatorPacket.__call__.__code__, dynamo.Operator.__call__.__code__)
+_FUSED_LAYERS = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
 _NOT_USER_CODE = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
@@ -62,6 +69,8 @@ class Watcher:
         modules = target.named_modules() if isinstance(target, nn.Module) else ()
         self._names = {module: name for name, module in modules}
         self._depth = 0  # of graphs running and compiles in progress: what Python calls there is not eager
+        self._thread = threading.get_ident()
+        self._until: tuple[FrameType, tuple[str, ...]] | None = None  # the events that end the call now running
 
     def name_of(self, site: str, traced_in: nn.Module | None, running: nn.Module | None) -> str:
         """A site's name in the module that runs it. Modules that share a graph share its trace, and the names in it."""
@@ -73,9 +82,8 @@ class Watcher:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the calls that are not listed."""
-        if not self._watching:
-            return (_NOT_WATCHED,)
-        return tuple(_SOFTMAX_OUTSIDE.format(source) for source in self._softmaxes)
+        softmaxes = tuple(_SOFTMAX_OUTSIDE.format(source) for source in self._softmaxes)
+        return softmaxes if self._watching else (*softmaxes, _NOT_WATCHED)
 
     def ran_outside(self, name: str, source: str, pattern: str) -> None:
         """An attention call ran outside every graph, in the module or function `name`; source is `file:line`."""
@@ -106,29 +114,50 @@ class Watcher:
             try:
                 yield
             finally:
-                sys.setprofile(None)
+                if self._depth == 0:
+                    self._stop()
+                self._until = None
+
+    def _stop(self) -> None:
+        """Takes our hook away; where the model set another, that one stays, and ours did not see everything."""
+        if sys.getprofile() == self._see:
+            sys.setprofile(None)
+        else:
+            self._watching = False
 
     def _enter(self) -> None:
-        self._depth += 1
-        if self._watching:
-            sys.setprofile(None)
+        if threading.get_ident() == self._thread:
+            self._depth += 1
+            if self._depth == 1 and self._watching:
+                self._stop()
 
     def _leave(self) -> None:
-        self._depth -= 1
-        if self._depth == 0 and self._watching:
-            sys.setprofile(self._see)
+        if threading.get_ident() == self._thread:
+            self._depth -= 1
+            if self._depth == 0 and self._watching:
+                sys.setprofile(self._see)
 
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code is _MULTI_HEAD_ATTENTION:
+        if self._until is not None:  # what an attention call does inside is part of it
+            if frame is self._until[0] and event in self._until[1]:
+                self._until = None
+        elif event == "call" and frame.f_code is _MULTI_HEAD_ATTENTION:
             self._call_outside(frame, "mha")
+            self._until = (frame, ("return",))
+        elif event == "call" and frame.f_code in _OPERATOR_CALLS:
+            pattern = _pattern_of_operator(frame.f_locals.get("self"))
+            if pattern is not None:
+                self._call_outside(frame.f_back or frame, pattern)
+                self._until = (frame, ("return",))
         elif event == "c_call":
-            if frame.f_code is _MULTI_HEAD_ATTENTION or _is_called_by(frame, _MULTI_HEAD_ATTENTION):
-                return  # part of a call that is listed
             pattern = _PATTERNS.get(id(argument))
             if pattern is not None:
                 self._call_outside(frame, pattern)
             elif _is_softmax_of_scores(argument):
                 self._softmaxes[_source(frame)] = None
+            else:
+                return
+            self._until = (frame, ("c_return", "c_exception"))
 
     def _call_outside(self, frame: FrameType, pattern: str) -> None:
         owner = module_running(frame)
@@ -136,8 +165,15 @@ class Watcher:
         self.ran_outside(name, _source(frame), pattern)
 
 
-def _is_called_by(frame: FrameType, code: CodeType) -> bool:
-    return frame.f_back is not None and frame.f_back.f_code is code
+def _pattern_of_operator(operator: Any) -> str | None:
+    """What pattern a call of `torch.ops.aten`'s is, if it is an attention."""
+    namespace, _, name = str(operator).partition(".")
+    name = name.partition(".")[0]
+    if namespace != "aten":
+        return None
+    if name in _FUSED_LAYERS:
+        return "mha"
+    return "sdpa" if name.lstrip("_").startswith("scaled_dot_product_") and "backward" not in name else None
 
 
 def _is_softmax_of_scores(function: Any) -> bool:

@@ -76,11 +76,56 @@ def test_multi_head_attention_in_a_graph_is_listed_once():
     assert [site.pattern for site in report.sites] == ["mha"]
 
 
-def test_the_operators_own_dense_path_is_not_listed_as_a_call_outside():
-    x = torch.randn(1, 2, 40, 8)
+def bounded(length):
+    x = torch.randn(1, 2, length, 8)
     torch._dynamo.mark_dynamic(x, 2, min=8, max=100)
-    report = sparge.explain(lambda x: F.scaled_dot_product_attention(x, x, x), x, policy=Policy(min_tokens=64))
-    assert [site.rewritten for site in report.sites] == [True]
+    return x
+
+
+def test_a_call_that_the_operator_runs_dense_is_listed_once_and_as_dense():
+    def function(x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+    policy = Policy(min_tokens=64, topk=1.0)
+    (site,) = sparge.explain(function, bounded(40), policy=policy).sites
+    assert not site.rewritten and "fewer queries or keys than min_tokens" in site.reason
+    assert site.thresholds == () and site.threshold_source is None and site.density is None
+    (site,) = sparge.explain(function, bounded(70), policy=policy).sites
+    assert site.rewritten and site.density == 1.0
+
+
+class Twice(nn.Module):
+    """One block that runs for each of the inputs, with graph breaks between."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Attention()
+
+    def forward(self, *inputs):
+        total = 0
+        for x in inputs:
+            total = total + self.block(x).sum()
+            torch._dynamo.graph_break()
+        return total
+
+
+@pytest.mark.parametrize("lengths", [(40, 6), (6, 40)], ids=["long-first", "short-first"])
+def test_a_site_that_ran_both_ways_is_listed_twice(lengths):
+    inputs = [torch.randn(1, length, 16) for length in lengths]
+    report = sparge.explain(Twice().eval(), *inputs, policy=Policy(min_tokens=20, topk=1.0))
+    (sparse,), (dense,) = report.rewritten, report.dense
+    assert sparse.name == dense.name and sparse.source == dense.source
+    assert sparse.density == 1.0 and "min_tokens" in dense.reason
+
+
+def test_a_site_that_the_operator_ran_both_ways_is_listed_twice():
+    inputs = [torch.randn(1, length, 16) for length in (70, 40)]
+    for x in inputs:
+        torch._dynamo.mark_dynamic(x, 1, min=8, max=100)
+    report = sparge.explain(Twice().eval(), *inputs, policy=Policy(min_tokens=64, topk=1.0))
+    (sparse,), (dense,) = report.rewritten, report.dense
+    assert (sparse.name, sparse.source, sparse.density) == (dense.name, dense.source, 1.0)
+    assert "the operator ran it dense" in dense.reason
 
 
 def test_the_table_says_which_mask_a_call_has():

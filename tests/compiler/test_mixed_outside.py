@@ -1,10 +1,16 @@
 """`explain` on models with graph breaks: attention that ran outside every compiled graph is listed, of every kind."""
 
+import functools
+import sys
+import threading
+
 import pytest
 import torch
 from diffusers import MochiTransformer3DModel
 from light import EXACT, Attention
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparge_compile as sparge
 
@@ -115,3 +121,109 @@ def test_softmaxes_in_graphs_and_those_of_class_probabilities_are_not_noted():
 
 def test_a_watched_model_has_no_note_about_profilers():
     assert sparge.explain(Attention().eval(), X, policy=EXACT).notes == ()
+
+
+SDPA = nn.functional.scaled_dot_product_attention
+Q = torch.randn(1, 2, 6, 8)
+
+
+def explained(function, *args):
+    """The report of a function that runs outside every graph."""
+    outside = torch._dynamo.disable(function)
+    return sparge.explain(lambda *args: outside(*args) + 1, *args, policy=EXACT)
+
+
+class Passing(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Dispatching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def under(mode):
+    def under_a_mode(q):
+        with mode():
+            return SDPA(q, q, q)
+
+    return under_a_mode
+
+
+CALLS = {
+    "operator": lambda q: torch.ops.aten.scaled_dot_product_attention(q, q, q),
+    "overload": lambda q: torch.ops.aten.scaled_dot_product_attention.default(q, q, q),
+    "cpu-kernel": lambda q: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0],
+    "function-mode": under(Passing),
+    "dispatch-mode": under(Dispatching),
+    "after-one-that-raised": lambda q: SDPA(q, q, q) if raises(lambda: SDPA(q, q[..., :3], q)) else None,
+}
+
+
+def raises(call):
+    try:
+        call()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_calls_outside_are_listed_once_by_their_own_line(call):
+    report = explained(call, Q)
+    (site,) = report.sites
+    assert site.name == call.__code__.co_name and site.source.startswith(f"{__file__}:") and site.pattern == "sdpa"
+    assert not site.rewritten and report.notes == ()
+
+
+def in_a_thread(q):
+    outputs = []
+    thread = threading.Thread(target=lambda: outputs.append(SDPA(q, q, q)))
+    thread.start()
+    thread.join()
+    return outputs[0]
+
+
+HIDDEN = {
+    "partial": functools.partial(lambda call, q: call(q, q, q), functools.partial(SDPA, dropout_p=0.0)),
+    "map": lambda q: next(map(SDPA, [q], [q], [q])),
+    "thread": in_a_thread,
+}
+
+
+@pytest.mark.parametrize("call", HIDDEN.values(), ids=HIDDEN.keys())
+def test_where_nothing_was_seen_a_note_says_what_is_not(call):
+    report = explained(lambda q: call(q), Q)
+    assert report.sites == ()
+    (note,) = report.notes
+    assert "functools.partial, map" in note and "threads" in note and note in str(report)
+
+
+def with_a_profiler(q):
+    with torch.profiler.profile(with_stack=True):
+        q = SDPA(q, q, q)
+    return SDPA(q, q, q)
+
+
+def with_a_hook_left_behind(q):
+    sys.setprofile(ignore)
+    return SDPA(q, q, q)
+
+
+def ignore(*_):
+    return None
+
+
+@pytest.mark.parametrize("call", [with_a_profiler, with_a_hook_left_behind])
+@pytest.mark.parametrize("graph_after", [False, True], ids=["alone", "a-graph-after"])
+def test_a_profiler_that_the_model_starts_is_noted_and_left_alone(call, graph_after):
+    function = (lambda x: Attention().eval()(x)) if graph_after else (lambda x: x)
+    outside = torch._dynamo.disable(call)
+    try:
+        report = sparge.explain(lambda x: function(outside(x[:, None])[:, 0]) + 1, X, policy=EXACT)
+        assert sys.getprofile() is (ignore if call is with_a_hook_left_behind else None)
+    finally:
+        sys.setprofile(None)
+    (note,) = report.notes
+    assert "another profiler was active" in note
