@@ -18,6 +18,9 @@ from sparge_compile.pieces import copy_piece, replace_first_result
 from sparge_compile.site import Claim, Decision, Mask
 from sparge_kernels.thresholds import pack
 
+_Made = dict[Any, tuple[fx.Node | None, bool]]
+"""What `_one_mask` gave, by what it is made of."""
+
 _NEGATIONS = ("logical_not", "bitwise_not", "invert", "inv", "__invert__")
 
 
@@ -28,7 +31,7 @@ def rewrite(gm: fx.GraphModule, decisions: Sequence[Decision]) -> None:
     which of them have side effects.
     """
     replaced: dict[fx.Node, fx.Node] = {}
-    made: dict[Any, tuple[fx.Node | None, bool]] = {}
+    made: _Made = {}
     written = written_nodes(gm.graph) if any(decision.claim.masks for decision in decisions) else set()
     for decision in decisions:
         steady = decision.claim.site.piece is None and _is_steady(decision.claim.masks, written)
@@ -55,7 +58,7 @@ def _without_negation(mask: Mask, written: set[fx.Node]) -> Mask:
     return _without_negation(Mask(replace(mask.operand, node=source), not mask.hides), written)
 
 
-def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, fx.Node], made: Any) -> None:
+def _rewrite_site(graph: fx.Graph, decision: Decision, replaced: dict[fx.Node, fx.Node], made: _Made | None) -> None:
     """`replaced` maps the nodes of earlier sites, which may be this one's inputs, to what stands for them now."""
     claim = decision.claim
     node, piece = claim.site.node, claim.site.piece
@@ -79,7 +82,7 @@ def attend(
     decision: Decision,
     stands_for: Callable[[fx.Node], fx.Node],
     operator: Callable[..., torch.Tensor] = torch.ops.sparge.attention.default,
-    made: dict[Any, tuple[fx.Node | None, bool]] | None = None,
+    made: _Made | None = None,
 ) -> fx.Node:
     """New nodes that compute a decided site, and the last of them, which has the dimensions of the site's output.
 
@@ -129,7 +132,7 @@ def _one_mask(
     graph: fx.Graph,
     claim: Claim,
     stands_for: Callable[[fx.Node], fx.Node],
-    made: dict[Any, tuple[fx.Node | None, bool]] | None,
+    made: _Made | None,
 ) -> tuple[fx.Node | None, bool]:
     """(`attn_mask`, does its True hide?); from `made` where layers share it."""
     operands = tuple((stands_for(x.operand.node), x.operand.dims, x.operand.heads, x.hides) for x in claim.masks)
@@ -141,7 +144,7 @@ def _one_mask(
 
 
 def _combined(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.Node]) -> tuple[fx.Node | None, bool]:
-    """What Inductor makes of booleans it computes one by one: masks that all hide are left to hide."""
+    """One mask of all, and does its True hide? Inductor computes booleans slowly, so what all hides is not negated."""
     hides = all(mask.hides for mask in claim.masks if _is_boolean(mask))
     combine = torch.logical_or if hides else torch.logical_and
     boolean, added = None, None

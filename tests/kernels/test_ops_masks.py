@@ -37,6 +37,8 @@ REFUSED = {
     "keys": ({"attn_mask": torch.ones(1, 1, 8, 8)}, ValueError, "has shape"),
     "heads": ({"attn_mask": torch.ones(1, 3, 8, 9)}, ValueError, "has shape"),
     "batch": ({"attn_mask": torch.ones(2, 1, 8, 9)}, ValueError, "or 1 in place of any size"),
+    "hiding-numbers": ({"attn_mask": torch.ones(1, 1, 8, 9), "mask_hides": True}, TypeError, "about bool masks"),
+    "empty-rows": ({"attn_mask": torch.ones(1, 1, 8, 9), "empty_rows": "one"}, ValueError, "allowed: zero, nan, mean"),
     "causal": ({"attn_mask": torch.ones(1, 1, 8, 9), "is_causal": True}, ValueError, "put causality into the mask"),
 }
 
@@ -138,3 +140,51 @@ def test_a_bool_mask_and_its_numbers_give_the_same_bits(mask):
         strict=True,
     ):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1000], ids=["sparse", "dense"])
+@pytest.mark.parametrize("mask", BOOL_MASKS.values(), ids=BOOL_MASKS.keys())
+def test_a_mask_that_hides_gives_the_bits_of_one_that_attends(mask, min_tokens):
+    q, k, v = random_qkv(150, 200, batch=2)
+    attn_mask = mask(2, 2, 150, 200)
+    options = {"thresholds": THRESHOLDS, "min_tokens": min_tokens, "empty_rows": "mean"}
+    expected = attention(q, k, v, attn_mask, **options)
+    assert torch.equal(attention(q, k, v, ~attn_mask, mask_hides=True, **options), expected)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1000], ids=["sparse", "dense"])
+@pytest.mark.parametrize("kv_heads", [1, 2], ids=["one-kv-head", "two-kv-heads"])
+@pytest.mark.parametrize("fill", ["zero", "nan", "mean"])
+@every_mask
+def test_rows_with_nothing_open_give_what_is_asked_and_no_other_changes(mask, fill, kv_heads, min_tokens):
+    q, k, v = random_qkv(150, 200, batch=2, heads=4, kv_heads=kv_heads)
+    attn_mask = mask(2, 4, 150, 200)
+    options = {"thresholds": THRESHOLDS, "min_tokens": min_tokens, "enable_gqa": True}
+    plain = attention(q, k, v, attn_mask, **options)
+    closed = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
+    empty = closed.expand(2, 4, 150, 200).all(-1, keepdim=True)
+    mean = v.repeat_interleave(4 // kv_heads, 1).mean(2, keepdim=True)
+    expected = torch.where(empty, {"zero": 0.0, "nan": torch.nan, "mean": mean}[fill], plain)
+    actual = attention(q, k, v, attn_mask, empty_rows=fill, **options)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6, equal_nan=True)
+    assert torch.equal(actual.isnan(), expected.isnan()) and actual.stride() == plain.stride()
+
+
+@both_operators
+@pytest.mark.parametrize("fill", ["nan", "mean"])
+def test_opcheck_of_masks_that_hide_and_rows_with_nothing_open(operator, fill):
+    q, k, v = random_qkv(70, 90, batch=2)
+    hidden = ~MASKS["fully-masked-rows"](2, 2, 70, 90)
+    options = {"thresholds": THRESHOLDS, "mask_hides": True, "empty_rows": fill}
+    with torch.no_grad():
+        # NaN equals nothing, itself included: the numbers are compared above.
+        checks = ("test_schema", "test_faketensor") if fill == "nan" else torch.library._OPCHECK_DEFAULT_UTILS
+        torch.library.opcheck(operator, (q, k, v, hidden), options, test_utils=checks)
+
+
+@pytest.mark.parametrize("mask", ["transposed", "bias", "sliced"])
+def test_keys_together_is_a_contiguous_copy(mask):
+    given = MASKS[mask](2, 2, 30, 40)
+    together = torch.ops.sparge.keys_together.default(given)
+    assert together.is_contiguous() and torch.equal(together, given) and together.data_ptr() != given.data_ptr()
+    torch.library.opcheck(torch.ops.sparge.keys_together.default, (given,))
