@@ -176,7 +176,10 @@ def _run(piece: Iterable[fx.Node], output: fx.Node, inputs: dict[fx.Node, Tensor
 def _wide(result: Tensor, dtype: torch.dtype) -> Tensor:
     """In double precision, but infinite where the type that the nodes compute in is. In place: views see it, too."""
     result = result.double()
-    too_large = (result.abs() > torch.finfo(dtype).max) & result.isfinite()
+    largest = torch.finfo(dtype).max
+    if not result.numel() or all(abs(bound) <= largest for bound in torch.aminmax(result)):
+        return result
+    too_large = (result.abs() > largest) & result.isfinite()
     return result.copy_(torch.where(too_large, result * math.inf, result)) if too_large.any() else result
 
 
