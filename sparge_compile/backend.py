@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import fx
@@ -121,11 +121,16 @@ def _decide_all(
         return [Refusal(site.unmatched or blocked) for site in sites]
     written = written_nodes(gm.graph)
     tables = {} if markers is None else tables_of(sites, markers)
-    return [_decide(site, policy, written, tables.get(site.node)) for site in sites]
+    known: dict[Hashable, str | None] = {}
+    return [_decide(site, policy, written, tables.get(site.node), known) for site in sites]
 
 
 def _decide(
-    site: AttentionSite, policy: Policy, written: set[fx.Node], table: Marker | Refusal | None
+    site: AttentionSite,
+    policy: Policy,
+    written: set[fx.Node],
+    table: Marker | Refusal | None,
+    known: dict[Hashable, str | None],
 ) -> Decision | Refusal:
     claimed = claim(site, policy, written)
     if not isinstance(claimed, Claim):
@@ -137,7 +142,7 @@ def _decide(
     if table is not None and isinstance(outcome, Decision):
         outcome = with_table(outcome, table)
     if isinstance(outcome, Decision) and site.several_nodes:
-        return prove(outcome) or outcome
+        return prove(outcome, known) or outcome
     return outcome
 
 

@@ -7,7 +7,7 @@ attention in the operator's place. That the operator itself is right is its own 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from sparge_compile import dynamo
 from sparge_compile.graph import CONVERTS, op_name, tensors_between, writers, writers_before
 from sparge_compile.operands import Operand
+from sparge_compile.proof_key import proof_key
 from sparge_compile.rewrite import attend
 from sparge_compile.site import Claim, Decision, Refusal
 from sparge_kernels.mask_inputs import attending, fill_empty_rows
@@ -32,25 +33,36 @@ _TAKES_SIZES |= {"new_full": 1, "broadcast_to": 1, "repeat": 1}
 _SAME = {"rtol": 1e-6, "atol": 1e-6}
 
 
-def prove(decision: Decision) -> Refusal | None:
+def prove(decision: Decision, known: dict[Hashable, str | None]) -> Refusal | None:
     """None if the rewritten form of a decided site computes what its nodes compute, else the reason it stays dense.
 
     Args:
         decision: for a site of several nodes.
+        known: what has been found out in this compile, which is added to.
     """
     try:
         with dynamo.real_tensors(), torch.no_grad():
-            difference = _difference(decision)
+            difference = _difference(decision, known)
     except Exception as error:  # the nodes are the user's: whatever they raise, they are not proven
         difference = f"checking failed with {type(error).__name__}: {error}"
     return None if difference is None else Refusal(f"attention written out, and not proven equal: {difference}")
 
 
-def _difference(decision: Decision) -> str | None:
+def _difference(decision: Decision, known: dict[Hashable, str | None]) -> str | None:
     claim = decision.claim
-    leaves = {operand.node for operand in _inputs(claim)}
+    leaves = [operand.node for operand in _inputs(claim)]
     piece = _piece(claim, leaves, writers(claim.output.node.graph))
     small = _Sizes(claim)
+    key = proof_key(claim, piece, leaves, small.each)
+    if key is None:
+        return _difference_of(decision, piece, small)
+    if key not in known:
+        known[key] = _difference_of(decision, piece, small)
+    return known[key]
+
+
+def _difference_of(decision: Decision, piece: Sequence[fx.Node], small: _Sizes) -> str | None:
+    claim = decision.claim
     for rows in ("open", "closed") if claim.masks else ("open",):
         values = _random(claim, small, rows)
         expected = _run(piece, claim.output.node, values, small)
@@ -65,7 +77,7 @@ def _inputs(claim: Claim) -> tuple[Operand, ...]:
     return (claim.query, claim.key, claim.value, *(mask.operand for mask in claim.masks))
 
 
-def _piece(claim: Claim, leaves: set[fx.Node], writing: Mapping[int, list[fx.Node]]) -> list[fx.Node]:
+def _piece(claim: Claim, leaves: Collection[fx.Node], writing: Mapping[int, list[fx.Node]]) -> list[fx.Node]:
     """The nodes of the call in their order: what the output is made of, and what writes into that."""
     output = claim.output.node
     found = tensors_between([output], leaves, _MOST_NODES)
@@ -85,14 +97,18 @@ class _Sizes:
     def __init__(self, claim: Claim) -> None:
         self._symbols: dict[Any, int] = {}
         (batch, heads, q_len, head_dim), (_, kv_heads, k_len, _) = claim.query.shape, claim.key.shape
-        kept = {n for n in (batch, heads, kv_heads, head_dim, claim.value.shape[3]) if isinstance(n, int)}
+        kept = {n for n in (heads, kv_heads, head_dim, claim.value.shape[3]) if isinstance(n, int)}
+        shrinks = isinstance(batch, int) and isinstance(heads, int) and batch > _LONG
+        shrinks = shrinks and batch not in kept and batch * heads not in kept | {q_len, k_len}
+        kept |= {batch} if isinstance(batch, int) and not shrinks else set()
         few = iter(number for number in _FEW if number not in kept)
-        self._static = {n: next(few) for n in (q_len, k_len) if isinstance(n, int) and n > _LONG and n not in kept}
+        self._static: dict[Any, Any] = {
+            n: next(few) for n in (q_len, k_len) if isinstance(n, int) and n > _LONG and n not in kept
+        }
         self._fresh = few
-        if isinstance(batch, int) and isinstance(heads, int) and batch > _LONG:
-            others = [n for n in (heads, kv_heads, head_dim, claim.value.shape[3], q_len, k_len) if isinstance(n, int)]
-            if batch not in others and batch * heads not in others:
-                self._static |= {batch: 2, batch * heads: 2 * heads}
+        if shrinks:
+            self._static = {batch: min({2, 3, 4, 6} - kept), **self._static}
+            self._static[batch * heads] = self._static[batch] * heads
 
     def of(self, value: Any) -> Any:
         """A size, symbolic or not, or another number."""
@@ -161,7 +177,10 @@ def _run(piece: Iterable[fx.Node], output: fx.Node, inputs: dict[fx.Node, Tensor
 def _wide(result: Tensor, dtype: torch.dtype) -> Tensor:
     """In double precision, but infinite where the type that the nodes compute in is. In place: views see it, too."""
     result = result.double()
-    too_large = (result.abs() > torch.finfo(dtype).max) & result.isfinite()
+    largest = torch.finfo(dtype).max
+    if not result.numel() or all(abs(bound) <= largest for bound in torch.aminmax(result)):
+        return result
+    too_large = (result.abs() > largest) & result.isfinite()
     return result.copy_(torch.where(too_large, result * math.inf, result)) if too_large.any() else result
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from light import LightBackend, qkv, stays_dense
+from light import LightBackend, is_rewritten, qkv, run, stays_dense
 from softmax_programs import SPELLINGS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,6 +160,7 @@ LONG = {
     "many-heads": (64, 32, 4096, 64),
     "many-batches": (4096, 8, 77, 64),
     "as-many-tokens-as-channels": (2, 8, 128, 128),
+    "as-many-batches-as-tokens": (1024, 8, 1024, 64),
 }
 
 
@@ -168,12 +169,12 @@ LONG = {
 def test_large_calls_are_checked_on_small_tensors_and_in_little_time(shape, is_causal, monkeypatch):
     seconds, largest, prove = [], [], backend.prove
 
-    def timed(*arguments):
+    def timed(decision, _):
         with Watch() as watch:
-            prove(*arguments)  # warm
+            prove(decision, {})  # warm
         largest.append(watch.largest)
         start = time.process_time()
-        refusal = prove(*arguments)
+        refusal = prove(decision, {})
         seconds.append(time.process_time() - start)
         return refusal
 
@@ -195,3 +196,64 @@ def test_large_calls_are_checked_on_small_tensors_and_in_little_time(shape, is_c
         torch.compile(attention, backend=only_decide)(q, k, v)
     assert light.rewritten == [True], light.reason
     assert max(largest) <= 2**22 and min(seconds) < 2.0
+
+
+def stacked(layers):
+    """`layers` of attention, one after another."""
+
+    def forward(q, k, v):
+        for layer in layers:
+            q = layer(q, k, v)
+        return q
+
+    return forward
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """The decisions that are checked by numbers."""
+    found, check = [], proof._difference_of
+    monkeypatch.setattr(proof, "_difference_of", lambda *a: (found.append(a[0]), check(*a))[1])
+    return found
+
+
+def test_equal_layers_are_checked_once(checks):
+    is_rewritten(stacked([padded] * 8), *qkv(), tolerance={"rtol": 1e-3, "atol": 1e-3})
+    assert len(checks) == 1
+
+
+def filled(fill):
+    return lambda q, k, v: (q @ k.mT * 0.3).masked_fill(~MASK, fill).softmax(-1) @ v
+
+
+NEARLY_EQUAL = {
+    "scale": lambda q, k, v: (q @ k.mT * 0.31).masked_fill(~MASK, -1e9).softmax(-1) @ v,
+    "division": lambda q, k, v: (q @ k.mT / 0.3).masked_fill(~MASK, -1e9).softmax(-1) @ v,
+    "fill": filled(-1e5),
+    "infinite-fill": filled(-math.inf),
+    "hidden": lambda q, k, v: torch.where(MASK, q @ k.mT * 0.3, -1e9).softmax(-1) @ v,
+    "keys-for-values": lambda q, k, v: padded(q, v, k),
+    "shape-of-the-mask": lambda q, k, v: (q @ k.mT * 0.3).masked_fill(~MASK[:1], -1e9).softmax(-1) @ v,
+    "einsum": lambda q, k, v: torch.einsum("bhij,bhjd->bhid", (q @ k.mT * 0.3).masked_fill(~MASK, -1e9).softmax(-1), v),
+    "types": lambda q, k, v: (q @ k.mT * 0.3).double().masked_fill(~MASK, -1e9).softmax(-1).float() @ v,
+    "copies": lambda q, k, v: (q @ k.mT * 0.3).clone().masked_fill(~MASK, -1e9).softmax(-1) @ v,
+}
+
+
+@pytest.mark.parametrize("other", NEARLY_EQUAL.values(), ids=NEARLY_EQUAL.keys())
+def test_layers_that_differ_are_checked_each(other, checks):
+    is_rewritten(stacked([padded, other, padded]), *qkv(), tolerance={"rtol": 1e-3, "atol": 1e-3})
+    assert len(checks) == (1 if other is NEARLY_EQUAL["keys-for-values"] else 2)
+
+
+@pytest.mark.parametrize("change", [change for attention, change in SABOTAGE.values() if attention is padded])
+def test_one_of_equal_layers_that_was_read_wrongly_is_found_out(change, monkeypatch):
+    find_sites = backend.find_sites
+
+    def with_a_wrong_one(gm):
+        first, second, third = find_sites(gm)
+        return [first, change(second), third]
+
+    monkeypatch.setattr(backend, "find_sites", with_a_wrong_one)
+    _, light = run(stacked([padded] * 3), *qkv())
+    assert light.rewritten == [True, False, True]
