@@ -118,6 +118,8 @@ def _place(row: int, shape: torch.Size, dimensions: tuple[str, ...] | None) -> s
         index.append(row % size)
         row //= size
     index.reverse()
+    if not index:
+        return "the only row"
     if dimensions is None or len(dimensions) != len(index):
         return f"row {index}"
     return ", ".join(f"{name} {number}" for name, number in zip(dimensions, index, strict=True))

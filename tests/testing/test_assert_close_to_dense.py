@@ -170,8 +170,8 @@ def reads_half_of_the_keys(q, k, v, **kwargs):
 
 LONG_AND_WRONG = {
     "an-unwritten-row": (spoiled(lambda x: x.index_fill(2, torch.tensor([77]), 0.0)), None, 8192),
-    "mask-dropped": (drops_the_mask, "bool-2d", 16384),
-    "half-of-the-keys": (reads_half_of_the_keys, None, 16384),
+    "mask-dropped": (drops_the_mask, "bool-2d", 32768),
+    "half-of-the-keys": (reads_half_of_the_keys, None, 32768),
     "somewhat-large": (spoiled(lambda x: 1.25 * x), None, 8192),
 }
 
