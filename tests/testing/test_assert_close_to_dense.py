@@ -165,20 +165,20 @@ def drops_the_mask(q, k, v, attn_mask, **rest):
 
 
 def reads_half_of_the_keys(q, k, v, **kwargs):
-    return SDPA(q, k[:, :, ::2], v[:, :, ::2])
+    return SDPA(q, k[:, :, ::2], v[:, :, ::2], scale=kwargs["scale"])
 
 
 LONG_AND_WRONG = {
     "an-unwritten-row": (spoiled(lambda x: x.index_fill(2, torch.tensor([77]), 0.0)), None, 8192),
-    "mask-dropped": (drops_the_mask, "bool-2d", 32768),
-    "half-of-the-keys": (reads_half_of_the_keys, None, 32768),
+    "mask-dropped": (drops_the_mask, "bool-2d", 16384),
+    "half-of-the-keys": (reads_half_of_the_keys, None, 16384),
     "somewhat-large": (spoiled(lambda x: 1.25 * x), None, 8192),
 }
 
 
 @pytest.mark.parametrize(("attention", "mask", "k_len"), LONG_AND_WRONG.values(), ids=LONG_AND_WRONG.keys())
 def test_outputs_of_many_keys_are_small_and_still_compared(attention, mask, k_len):
-    inputs = AttentionInputs(128, k_len, mask=mask)
+    inputs = AttentionInputs(128, k_len, mask=mask, scale=0.05)
     with pytest.raises(AssertionError, match="rows are too far off"):
         assert_close_to_dense(attention, inputs)
     assert_close_to_dense(lambda *args, **kwargs: sparge.attention(*args, **kwargs, topk=1.0), inputs)
