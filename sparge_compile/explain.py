@@ -41,7 +41,8 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
         policy: the policy to explain. None: the one in force here, on top of the `options` of a compiled model.
 
     Returns:
-        A `Report`. Rewritten sites carry the density measured in this run, averaged over batch and heads.
+        A `Report`. Rewritten sites carry the density measured in this run, averaged over batch and heads. A site that
+        ran sparse and dense, for inputs of two lengths say, is listed once as each. `notes` says what was not seen.
 
     Raises:
         StrictPolicyError: the policy is strict and a call cannot be rewritten.

@@ -15,6 +15,9 @@ def assert_rewritten(
 ) -> Report:
     """Runs the model once, as `sparge.explain` does, and asserts that exactly `count` attention calls are rewritten.
 
+    A place in the source that runs several times in one module is one call. If it ran both ways, sparse and dense, the
+    report lists it twice, and one of the two counts.
+
     Args:
         model: a module or function, compiled or not.
         count: how many attention calls run sparsely. 0 asserts that the model stays dense.

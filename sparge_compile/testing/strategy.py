@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
 _EDGES = (1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257)
-_HEADS = ((1, 1), (3, 1), (4, 1), (3, 3), (4, 2), (7, 1), (7, 7))  # query heads, kv heads
 _HEAD_DIMS = (1, 3, 16, 40, 64, 72, 96, 128, 256)
 _SCALES = (None, 0.0, -0.5, 0.3, 1.5)  # as shares of 1 / sqrt(head_dim)
+_CAUSAL_SCALES = tuple(share for share in _SCALES if share is None or share > 0)
 
 
 def attention_inputs(
@@ -47,7 +47,8 @@ def attention_inputs(
         masks: names of `MASKS`, and None for calls without one. None: all of them.
         causal: True or False for calls that all are or are not `is_causal`. None: both.
         layouts, values: names of `LAYOUTS` and `VALUES`. None: all of them.
-        scales: draw scales too: negative, zero, and others than 1 / sqrt(head_dim).
+        scales: draw scales too: others than 1 / sqrt(head_dim), and for calls that are not `is_causal` also negative
+            ones and zero (the CPU's fused `F.scaled_dot_product_attention` is_causal gives NaN there).
         self_attention: as many queries as keys.
         non_finite: also draw inf and NaN (`NON_FINITE`).
 
@@ -75,7 +76,7 @@ def attention_inputs(
     value_choice = _chosen("values", values, known_values)
     lengths = _sizes(st, _EDGES, max_tokens)
     head_dims = _sizes(st, _HEAD_DIMS, max_head_dim)
-    heads = [pair for pair in _HEADS if pair[0] <= max_heads]
+    heads = [(q, kv) for q in range(1, max_heads + 1) for kv in range(1, q + 1) if q % kv == 0]
     dtype_choice, device_choice = _chosen("dtypes", dtypes), _chosen("devices", devices)
 
     @st.composite
@@ -84,7 +85,7 @@ def attention_inputs(
         k_len = draw(lengths)
         head_dim = draw(head_dims)
         q_heads, kv_heads = draw(st.sampled_from(heads))
-        share = draw(st.sampled_from(_SCALES)) if scales else None
+        share = draw(st.sampled_from(_CAUSAL_SCALES if is_causal else _SCALES)) if scales else None
         return AttentionInputs(
             q_len=k_len if self_attention else draw(lengths),
             k_len=k_len,

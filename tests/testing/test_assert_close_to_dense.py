@@ -1,5 +1,7 @@
 """`assert_close_to_dense` passes what is right, and says of every way to be wrong what it is and where."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,11 +10,14 @@ from torch import nn
 import sparge_compile as sparge
 from sparge_compile import Policy
 from sparge_compile.testing import AttentionInputs, assert_close_to_dense
+from sparge_compile.testing.visible import dense_over_visible_keys
 
 SDPA = F.scaled_dot_product_attention
 INPUTS = AttentionInputs(130, 70, batch=2, q_heads=4, kv_heads=2, seed=3)
 CAUSAL = AttentionInputs(130, 130, is_causal=True, q_heads=2, kv_heads=2)
 MASKED = AttentionInputs(130, 70, mask="bool-4d")
+SLICED = AttentionInputs(130, 70, layouts=("sliced", "contiguous", "contiguous"))
+INFINITE = AttentionInputs(130, 70, values="infinities")
 SPARSE = Policy(min_tokens=0, topk=1.0)
 
 
@@ -50,6 +55,17 @@ def writes_into_query(q, k, v, **kwargs):
     return q.copy_(SDPA(q, k, v, **kwargs))
 
 
+def writes_infinity(q, k, v, **kwargs):
+    output = SDPA(q, k, v, **kwargs)
+    v.clamp_(min=torch.finfo(v.dtype).min)
+    return output
+
+
+def writes_between(q, k, v, **kwargs):
+    torch.as_strided(q, (q.untyped_storage().nbytes() // 4,), (1,), 0)[0] = 7.0
+    return SDPA(q, k, v, **kwargs)
+
+
 def keeps_the_storage(q, k, v, **kwargs):
     return v
 
@@ -67,6 +83,8 @@ WRONG = {
     "no-tensor": (spoiled(lambda x: (x,)), INPUTS, "the output is tuple, not a tensor"),
     "an-input-written": (writes, INPUTS, "the call wrote to its key"),
     "into-the-query": (writes_into_query, INPUTS, "the call wrote to its query"),
+    "infinity-written": (writes_infinity, INFINITE, "the call wrote to its value"),
+    "memory-between-written": (writes_between, SLICED, "the call wrote to the memory around its query"),
     "an-input-returned": (keeps_the_storage, CAUSAL, "the output is memory of the value"),
     "mask-dropped": (lambda q, k, v, attn_mask, **rest: SDPA(q, k, v, **rest), MASKED, r"rows are too far off"),
     "causal-dropped": (lambda q, k, v, is_causal, **rest: SDPA(q, k, v, **rest), CAUSAL, r"rows are too far off"),
@@ -95,6 +113,75 @@ def test_a_hidden_nan_may_spoil_a_row_or_not_and_a_seen_one_must():
     assert_close_to_dense(sparge.attention, inputs)
     with pytest.raises(AssertionError, match="numbers are NaN"):
         assert_close_to_dense(spoiled(lambda x: x.nan_to_num(0.0)), inputs)
+
+
+HIDING_NAN = {
+    "causal": AttentionInputs(130, 130, is_causal=True, values="nans"),
+    "mask": AttentionInputs(70, 130, mask="window", values="nans"),
+    "float-mask": AttentionInputs(70, 130, mask="float-some-see-nothing", values="nans", q_heads=2),
+    "infinity": AttentionInputs(130, 130, is_causal=True, values="infinities"),
+}
+
+
+@pytest.mark.parametrize("inputs", HIDING_NAN.values(), ids=HIDING_NAN.keys())
+def test_where_dense_spoils_a_row_needlessly_the_visible_keys_decide(inputs):
+    dense, visible = inputs.dense(), dense_over_visible_keys(inputs, inputs.value)
+    spoiled = dense.isnan() & ~visible.isnan()
+    assert spoiled.any()
+    for number in (torch.nan, None):
+        right = torch.where(spoiled, visible if number is None else number, dense).to(inputs.dtype)
+        assert_close_to_dense(lambda *_, right=right, **__: right, inputs)
+    for number in (12345.0, 0.0):
+        wrong = torch.where(spoiled, number, dense).to(inputs.dtype)
+        with pytest.raises(AssertionError, match="rows are too far off"):
+            assert_close_to_dense(lambda *_, wrong=wrong, **__: wrong, inputs)
+
+
+@pytest.mark.parametrize("values", ["normal", "nans", "infinities"])
+@pytest.mark.parametrize("mask", [None, "bool-4d", "some-see-nothing", "float-some-see-nothing"])
+def test_dense_over_visible_keys_is_dense_of_each_row_alone(mask, values):
+    inputs = AttentionInputs(
+        33, 40, batch=2, q_heads=4, kv_heads=2, mask=mask, is_causal=mask is None, values=values, scale=0.3
+    )
+    actual = dense_over_visible_keys(inputs, inputs.value)
+    bias = torch.zeros(33, 40) if mask is None else inputs.attn_mask
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape).masked_fill(~bias, -torch.inf)
+    if mask is None:
+        bias = bias.masked_fill(~torch.ones(33, 40, dtype=torch.bool).tril(), -torch.inf)
+    bias = bias.double().expand(2, 4, 33, 40)
+    for batch, head, row in itertools.product(range(2), range(4), range(33)):
+        seen = bias[batch, head, row] > -torch.inf
+        expected = torch.zeros(16, dtype=torch.float64)
+        if seen.any():
+            q, k, v = inputs.query[batch, head, row], inputs.key[batch, head // 2], inputs.value[batch, head // 2]
+            scores = bias[batch, head, row, seen][None, None]
+            expected = SDPA(q.double()[None, None], k[seen].double()[None], v[seen].double()[None], scores, scale=0.3)
+        torch.testing.assert_close(actual[batch, head, row], expected.flatten(), equal_nan=True)
+
+
+def drops_the_mask(q, k, v, attn_mask, **rest):
+    return SDPA(q, k, v, **rest)
+
+
+def reads_half_of_the_keys(q, k, v, **kwargs):
+    return SDPA(q, k[:, :, ::2], v[:, :, ::2], scale=kwargs["scale"])
+
+
+LONG_AND_WRONG = {
+    "an-unwritten-row": (spoiled(lambda x: x.index_fill(2, torch.tensor([77]), 0.0)), None, 8192),
+    "mask-dropped": (drops_the_mask, "bool-2d", 16384),
+    "half-of-the-keys": (reads_half_of_the_keys, None, 16384),
+    "somewhat-large": (spoiled(lambda x: 1.25 * x), None, 8192),
+}
+
+
+@pytest.mark.parametrize(("attention", "mask", "k_len"), LONG_AND_WRONG.values(), ids=LONG_AND_WRONG.keys())
+def test_outputs_of_many_keys_are_small_and_still_compared(attention, mask, k_len):
+    inputs = AttentionInputs(128, k_len, mask=mask, scale=0.05)
+    with pytest.raises(AssertionError, match="rows are too far off"):
+        assert_close_to_dense(attention, inputs)
+    assert_close_to_dense(lambda *args, **kwargs: sparge.attention(*args, **kwargs, topk=1.0), inputs)
 
 
 def test_of_integers_a_share_may_differ():

@@ -51,14 +51,12 @@ def test_the_text_has_shapes_and_strides():
 @LIGHT
 @given(attention_inputs(dtypes=(torch.float32,), max_tokens=70))
 def test_dense_is_what_sdpa_gives(inputs):
-    expected = inputs.dense(torch.float32)
-    if not (inputs.is_causal and inputs.scale is not None and inputs.scale <= 0):  # there the CPU's own is wrong
-        torch.testing.assert_close(
-            inputs.call(F.scaled_dot_product_attention),
-            expected,
-            rtol=1e-3,
-            atol=1e-4 * float(inputs.value.abs().max()),
-        )
+    torch.testing.assert_close(
+        inputs.call(F.scaled_dot_product_attention),
+        inputs.dense(torch.float32),
+        rtol=1e-3,
+        atol=1e-4 * float(inputs.value.abs().max()),
+    )
     assert inputs.dense().dtype == torch.float64
     assert (inputs.magnitude() + 1e-9 >= inputs.dense().abs()).all()
 
@@ -111,6 +109,19 @@ def test_restrictions_hold():
     assert {x.is_causal for x in found(causal=True)} == {True}
     assert {x.is_causal for x in found(causal=False)} == {False}
     assert not {x.values for x in found()} & NON_FINITE.keys()
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 6, 9])
+def test_every_number_of_heads_up_to_the_largest_is_drawn_in_groups_and_alone(most):
+    drawn = {(x.q_heads, x.kv_heads) for x in found(400, max_heads=most, max_tokens=2)}
+    assert {q_heads for q_heads, _ in drawn} == set(range(1, most + 1))
+    assert {(most, 1), (most, most)} <= drawn
+
+
+def test_causal_calls_have_positive_scales_and_others_any():
+    assert {(x.scale or 1) > 0 and x.scale != 0 for x in found(200, causal=True)} == {True}
+    drawn = {x.scale for x in found(200, causal=False, max_head_dim=1)}
+    assert {None, 0.0, -0.5, 0.3, 1.5} == drawn
 
 
 def test_failures_shrink_to_small_calls():
