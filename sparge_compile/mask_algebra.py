@@ -244,7 +244,9 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "ge": _swapped(_less),
     "gt": _swapped(_strictly_less),
     "eq": equal,
+    "__eq__": equal,  # what TorchDynamo of torch 2.11 writes for ==
     "ne": unequal,
+    "__ne__": unequal,
     "diff": step,
     "cumsum": running_sum,
     "and_": _both,
