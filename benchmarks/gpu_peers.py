@@ -42,7 +42,7 @@ def sdpa(backend: SDPBackend) -> Callable[[Problem], Call]:
 
 def sage(problem: Problem) -> Call:
     """SageAttention, dense in INT8, where the package is installed."""
-    from sageattention import sageattn  # type: ignore[import-not-found]
+    from sageattention import sageattn  # type: ignore[import-not-found]  # where it is installed
 
     q, k, v = problem.inputs
     return lambda: sageattn(q, k, v, tensor_layout="HND", is_causal=problem.is_causal)

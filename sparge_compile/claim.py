@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import reshaped_in_place, written_after_a_read
+from sparge_compile.graph import RESHAPED_IN_PLACE, reshaped_in_place, written_after_a_read
 from sparge_compile.masks import mask_meaning
 from sparge_compile.operands import Operand, keeps_digits
 from sparge_compile.policy import Policy
@@ -52,7 +52,7 @@ def _claim(site: AttentionSite, policy: Policy, written: set[fx.Node]) -> Claim:
         raise _Refused(site.unmatched or "the call's query, key and value could not be read")
     operands = (query, key, value, output, *(mask.operand for mask in site.masks))
     if any(reshaped_in_place(operand.node) for operand in operands):
-        raise _Refused("a tensor of the call changes its shape or strides in place (transpose_, squeeze_, ...)")
+        raise _Refused(RESHAPED_IN_PLACE)
     _check_tensors({"query": query, "key": key, "value": value}, output)
     _check_dropout(site)
     masks, is_causal = _read_masks(site, query, key, output, written)

@@ -164,9 +164,22 @@ def written_after_a_read(node: fx.Node, last: fx.Node) -> bool:
     )
 
 
+def is_over_last_dimension(node: fx.Node, of: fx.Node) -> bool:
+    """Is the dimension that a softmax or a sum names, by position, `dim` or `axis`, the last of the tensor `of`?"""
+    dimension: Any = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else None))
+    if isinstance(dimension, (list, tuple)) and len(dimension) == 1:
+        dimension = dimension[0]
+    example = dynamo.example(of)
+    return dimension == -1 or (isinstance(example, torch.Tensor) and dimension == example.dim() - 1)
+
+
 # Methods that change a tensor's shape or strides in place: what was recorded for it no longer is what the call saw.
 _RESHAPES_IN_PLACE = {"transpose_", "t_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "set_"}
 _RESHAPES_IN_PLACE |= {"resize_", "resize_as_"}
+
+
+RESHAPED_IN_PLACE = "a tensor of the call changes its shape or strides in place (transpose_, squeeze_, ...)"
+"""Why such a call stays dense."""
 
 
 def reshaped_in_place(node: fx.Node) -> bool:

@@ -7,13 +7,11 @@ written out as well. What cannot be told apart from such a softmax counts too: t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import op_name
+from sparge_compile.graph import is_over_last_dimension, op_name
 
 KEEPS_PASS_OFF = {"pattern_matcher": False}
 """The only option of Inductor's that turns that pass off."""
@@ -42,7 +40,7 @@ def _contracts(node: fx.Node) -> bool:
 def _normalizes_other_dimension(node: fx.Node) -> bool:
     name = op_name(node)
     if name.endswith(("softmax", "softmin")) and not name.endswith("log_softmax"):
-        return not _is_last(_dimension(node), node)
+        return not is_over_last_dimension(node, node)
     example = dynamo.example(node)
     is_exponential = name in ("exp", "exp_", "exp2", "special_exp2")
     if not is_exponential or not isinstance(example, torch.Tensor) or example.dim() < _FEWEST_DIMENSIONS:
@@ -55,20 +53,8 @@ def _summed_over_other_dimension(terms: fx.Node) -> bool:
     frontier, seen = [terms], {terms}
     for _ in range(_REACH):
         users = [user for node in frontier for user in node.users if user not in seen]
-        if any(op_name(user) == "sum" and not _is_last(_dimension(user), user.all_input_nodes[0]) for user in users):
+        if any(op_name(user) == "sum" and not is_over_last_dimension(user, user.all_input_nodes[0]) for user in users):
             return True
         seen.update(users)
         frontier = [user for user in users if op_name(user) in _HANDS_ON]
     return False
-
-
-def _dimension(node: fx.Node) -> Any:
-    dimension: Any = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else None))
-    if isinstance(dimension, (list, tuple)) and len(dimension) == 1:
-        return dimension[0]
-    return dimension
-
-
-def _is_last(dimension: Any, of: fx.Node) -> bool:
-    example = dynamo.example(of)
-    return dimension == -1 or (isinstance(example, torch.Tensor) and dimension == example.dim() - 1)

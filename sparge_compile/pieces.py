@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import op_name, reshaped_in_place, written_nodes
+from sparge_compile.graph import RESHAPED_IN_PLACE, op_name, reshaped_in_place, written_nodes
 
 _VIEWS = {"getitem", "broadcast_to", "expand", "unsqueeze", "squeeze", "view", "reshape", "transpose", "detach"}
 StandsFor = Callable[[fx.Node], fx.Node]
@@ -66,9 +66,7 @@ class Writer:
         tensors: dict[fx.Node, torch.Tensor] = {}
         constants = [_constant_or_tensor(argument, tensors) for argument in arguments]
         if any(reshaped_in_place(tensor) for tensor in tensors):
-            raise NotWrittenOut(
-                "a tensor of the call changes its shape or strides in place (transpose_, squeeze_, ...)"
-            )
+            raise NotWrittenOut(RESHAPED_IN_PLACE)
         places = {tensor: place for place, tensor in enumerate(tensors)}
         pattern = tuple(("tensor", places[c]) if isinstance(c, fx.Node) else ("constant", c) for c in constants)
         kinds = tuple(map(type, constants))  # 1 and True are equal

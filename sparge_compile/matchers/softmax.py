@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sparge_compile import dynamo
-from sparge_compile.graph import op_name, tensors_between, writers, writers_before
+from sparge_compile.graph import is_over_last_dimension, op_name, tensors_between, writers, writers_before
 from sparge_compile.matchers import lookalikes
 from sparge_compile.matchers.operand_sources import as_narrow, before_merge, before_widening, heads_of, taken_apart
 from sparge_compile.matchers.products import Product, Unread, check_no_broadcast, is_product, read_product
@@ -58,17 +58,12 @@ def match(gm: fx.GraphModule) -> list[AttentionSite]:
 
 
 def _site(node: fx.Node, writing: Writing) -> AttentionSite:
-    if not _is_over_last_dim(node):
+    if not is_over_last_dimension(node, node):
         return AttentionSite(node, NOT_ATTENTION, unmatched=_NOT_OVER_KEYS)
     try:
         return _read(node, writing)
     except Unread as unread:
         return AttentionSite(node, "softmax", unmatched=f"attention written out, and not read: {unread}")
-
-
-def _is_over_last_dim(softmax: fx.Node) -> bool:
-    dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
-    return dim in (-1, dynamo.example(softmax).dim() - 1)
 
 
 @dataclass(frozen=True)

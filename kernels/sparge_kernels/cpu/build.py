@@ -38,12 +38,12 @@ from typing import IO
 
 # Before the library, for its OpenMP: the library asks for "libgomp.so.1", and the linker answers with the one that
 # torch's wheels bring under that name, already loaded. One runtime, and one pool of threads, for both.
-import torch  # noqa: F401
+import torch  # noqa: F401 - for what it loads
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # of a module, which mypy has a type for
 
 Accept = Callable[[ctypes.CDLL], str | None]  # None, or a reason in words against the library
 
