@@ -1,4 +1,7 @@
-"""Tests run in as many processes as there are CPUs, where pytest-xdist is installed and no GPU would be shared."""
+"""Tests run in as many processes as there are CPUs, where pytest-xdist is installed and no GPU would be shared.
+
+Random tests draw the same examples each time, so that a failure is the change's; `nox -s nightly` draws others.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.hookimpl(tryfirst=True)
