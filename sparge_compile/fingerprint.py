@@ -20,7 +20,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 def of_weights(model: Any) -> str:
     """Of the parameters and buffers of a module: names, shapes, dtypes and a few elements of each.
 
-    What is attached (attach.py) is left out. A function has no weights to be seen: an empty text.
+    What is attached (attaching.py) is left out. A function has no weights to be seen: an empty text.
     """
     if not isinstance(model, nn.Module):
         return ""

@@ -142,11 +142,16 @@ def _is_transforming() -> bool:
     return dynamo.is_transforming()
 
 
+@torch.compiler.assume_constant_result  # TorchDynamo of 2.11 does not know the function
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _autocast(x: Tensor) -> Tensor:
     """What ambient autocast makes of an input of scaled_dot_product_attention."""
     device = x.device.type
     if (
-        not torch.amp.is_autocast_available(device)
+        not _has_autocast(device)
         or not torch.is_autocast_enabled(device)
         or not x.is_floating_point()
         or x.dtype == torch.float64

@@ -1,6 +1,6 @@
 """Markers: how the thresholds attached to a module get into a graph, and to the attention calls of that module.
 
-An attached module (see attach.py) calls `sparge::mark_thresholds` on each of its tables when TorchDynamo traces it.
+An attached module (see attaching.py) calls `sparge::mark_thresholds` on each of its tables when TorchDynamo traces it.
 TorchDynamo makes the tables inputs of the graph and records the same module for the marker as for the attention call,
 so a graph that many blocks share gets each block's own tables. For every other backend the operator does nothing.
 """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparge_compile import context, dynamo
-from sparge_compile.explain import explain
+from sparge_compile.explaining import explain
 from sparge_compile.policy import Policy
 from sparge_compile.testing.measures import Bounds
 from sparge_compile.testing.values import comparable, copied, difference, same_bits, tensors

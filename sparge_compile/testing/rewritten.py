@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sparge_compile.explain import explain
+from sparge_compile.explaining import explain
 from sparge_compile.policy import Policy
 from sparge_compile.report import Report
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import sparge_compile as sparge
 from sparge_compile import Policy, Profile, calibration, dynamo, search
-from sparge_compile.attach import attached_thresholds
+from sparge_compile.attaching import attached_thresholds
 from sparge_compile.profile import Measurement
 from sparge_compile.search import Call, candidates, compare, measure
 from sparge_compile.verify import Found, Unfit, Verified

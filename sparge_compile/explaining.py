@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from sparge_compile import context, dynamo
-from sparge_compile.attach import attached_thresholds
+from sparge_compile.attaching import attached_thresholds
 from sparge_compile.backend import transform
 from sparge_compile.markers import ATTACHED_SOURCE
 from sparge_compile.policy import Policy, split_options
