@@ -108,7 +108,8 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(built):
 
 def test_the_sdist_has_what_a_packager_needs(built):
     (sdist,) = built.glob("*.tar.gz")
-    inside = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "conftest.py", "tests/test_release.py"} <= inside
 
 
