@@ -11,8 +11,8 @@
 
 namespace sparge {
 
-constexpr int BAND_TASKS_PER_THREAD = 8;  // query tiles of one head between two meetings of the threads
-constexpr int KEYS_AT_ONCE = 16;          // copied of each row in turn
+constexpr int BAND_TASKS_PER_THREAD = 16;  // query tiles of one head between two meetings of the threads
+constexpr int KEYS_AT_ONCE = 8;          // copied of each row in turn
 
 class MaskBand {
 public:
