@@ -12,7 +12,7 @@
 namespace sparge {
 
 constexpr int BAND_TASKS_PER_THREAD = 16;  // query tiles of one head between two meetings of the threads
-constexpr int KEYS_AT_ONCE = 8;          // copied of each row in turn
+constexpr int KEYS_AT_ONCE = 8;            // copied of each row in turn
 
 class MaskBand {
 public:
