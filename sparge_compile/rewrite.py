@@ -138,8 +138,7 @@ def _one_mask(
     operands = tuple((stands_for(x.operand.node), x.operand.dims, x.operand.heads, x.hides) for x in claim.masks)
     known = {} if made is None else made
     if (operands, claim.dtype) not in known:
-        mask, hides = _combined(graph, claim, stands_for)
-        known[operands, claim.dtype] = (None if mask is None else _with_keys_together(graph, mask)), hides
+        known[operands, claim.dtype] = _combined(graph, claim, stands_for)
     return known[operands, claim.dtype]
 
 
@@ -162,17 +161,6 @@ def _combined(graph: fx.Graph, claim: Claim, stands_for: Callable[[fx.Node], fx.
         hidden = boolean if hides else call(graph, torch.logical_not, boolean)
         added = method(graph, added, "masked_fill", hidden, -math.inf)
     return added, False
-
-
-def _with_keys_together(graph: fx.Graph, mask: fx.Node) -> fx.Node:
-    """On a CPU, the mask with keys next to each other in memory: the operator would copy it for each layer anew."""
-    example = dynamo.example(mask)
-    apart = isinstance(example.stride(3), int) and example.stride(3) not in (0, 1)
-    repeats = any(isinstance(stride, int) and stride == 0 for stride in example.stride())
-    if not apart or repeats or example.device.type != "cpu":
-        return mask
-    # An operator of its own: Inductor takes `contiguous` for a request that it may forget.
-    return call(graph, torch.ops.sparge.keys_together.default, mask)
 
 
 def _is_boolean(mask: Mask) -> bool:

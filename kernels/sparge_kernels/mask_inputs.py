@@ -12,17 +12,20 @@ EMPTY_ROWS = ("zero", "nan", "mean")
 
 
 def attending(attn_mask: Tensor, hides: bool) -> Tensor:
-    """The mask with True as "attend" and, on a CPU, keys next to each other in memory; what it repeats has size 1."""
+    """The mask with True as "attend"; what it repeats has size 1."""
     mask = attn_mask[tuple(slice(1) if stride == 0 else slice(None) for stride in attn_mask.stride())]
-    if mask.device.type == "cpu" and mask.shape[3] > 1 and mask.stride(3) != 1:
-        mask = mask.contiguous()  # else every tile of every head is gathered, twice, out of memory that others share
     return mask.logical_not() if hides else mask
 
 
 def fill_empty_rows(output: Tensor, value: Tensor, mask: Tensor, fill: str) -> None:
-    """Writes what `fill` says to the rows of `output` [B, Hq, Sq, Dv] that a mask of `attending` leaves nothing."""
+    """Writes what `fill` says to the rows of `output` [B, Hq, Sq, Dv] that a mask of `attending` leaves nothing.
+
+    Until then they hold zeros or, of inputs that are not finite, NaN.
+    """
     if fill == "zero" or output.numel() == 0 or value.shape[2] == 0:
         return
+    if output.device.type == "cpu" and bool((output.abs().amax(3) > 0).all()):
+        return  # a look at the output instead of one at the whole mask, whose keys may lie apart
     # Of bytes the largest is found many times faster than `any` of booleans.
     empty = mask.view(torch.uint8).amax(3) == 0 if mask.dtype == torch.bool else mask.amax(3) == -math.inf
     if fill == "nan":

@@ -1,7 +1,7 @@
 """The operator `sparge::attention`: schema, fake, validation and dispatch by device. Imports no Triton.
 
 `sparge::attention` returns the output; `sparge::attention_with_stats` returns (output, density, pv_skipped).
-`sparge::keys_together` is a contiguous copy of a mask, for several calls to share. Arguments of the first two:
+Arguments:
 
     query [B, Hq, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv]: one dtype (fp32, bf16 or fp16), one
         device, any strides. Hq == Hkv, or Hq a multiple of Hkv with enable_gqa (repeat_interleave semantics).
@@ -63,7 +63,6 @@ _ARGUMENTS = (
 # The kernels take any strides, so Inductor need not copy inputs to the strides seen while tracing.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
-torch.library.define("sparge::keys_together", "(Tensor attn_mask) -> Tensor", tags=_TAGS)
 torch.library.define("sparge::attention", f"{_ARGUMENTS} -> Tensor", tags=_TAGS)
 torch.library.define(
     "sparge::attention_with_stats",
@@ -279,10 +278,6 @@ def _fake_with_stats(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, 
     return _fake(query, *args, **kwargs), density, torch.empty_like(density)
 
 
-def _keys_together(attn_mask: Tensor) -> Tensor:
-    return attn_mask.clone(memory_format=torch.contiguous_format)
-
-
 def _unsupported(query: Tensor, *_: Any, **__: Any) -> Any:
     raise NotImplementedError(f"sparge::attention: {supported_device(query.device)}")
 
@@ -302,7 +297,6 @@ def _no_backward(ctx: Any, *grads: Any) -> Any:
 for _name, _implementation, _fake_implementation in (
     ("sparge::attention", _attention, _fake),
     ("sparge::attention_with_stats", _run, _fake_with_stats),
-    ("sparge::keys_together", _keys_together, _keys_together),
 ):
     torch.library.impl(_name, "default", _unsupported)
     torch.library.impl(_name, DEVICES, _implementation)

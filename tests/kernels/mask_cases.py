@@ -61,6 +61,11 @@ def _transposed(batch: int, heads: int, q_len: int, k_len: int) -> Tensor:
     return _random(batch, heads, k_len, q_len).transpose(2, 3)
 
 
+def _heads_innermost(batch: int, heads: int, q_len: int, k_len: int) -> Tensor:
+    """As a table of biases per head gives it: every tile lies among those of the other heads."""
+    return _random(q_len, k_len, heads).permute(2, 0, 1)[None]
+
+
 def _sliced(batch: int, heads: int, q_len: int, k_len: int) -> Tensor:
     return _coin(batch, heads, q_len + 2, 2 * k_len + 3)[:, :, 1:-1, 2:-1:2]
 
@@ -78,6 +83,7 @@ BOOL_MASKS: dict[str, MaskBuilder] = {
     "padding": _padding,
     "documents": documents,
     "fully-masked-rows": _fully_masked_rows,
+    "batch-innermost": lambda b, h, q, k: _coin(k, q, h, b).permute(3, 2, 1, 0),
 }
 
 FLOAT_MASKS: dict[str, MaskBuilder] = {
@@ -90,6 +96,7 @@ FLOAT_MASKS: dict[str, MaskBuilder] = {
     "key-bias-expanded": lambda b, h, q, k: _random(1, 1, 1, k).expand(b, h, q, k),
     "last-dim-expanded": lambda b, h, q, k: _random(b, h, q, 1).expand(b, h, q, k),
     "transposed": _transposed,
+    "heads-innermost": _heads_innermost,
     "minus-inf": lambda b, h, q, k: torch.zeros(1, 1, q, k).masked_fill(~documents(b, h, q, k), -torch.inf),
     "minus-inf-rows": lambda b, h, q, k: _random(b, 1, q, k).masked_fill(~_fully_masked_rows(b, h, q, k), -torch.inf),
 }

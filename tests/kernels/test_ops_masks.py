@@ -180,11 +180,3 @@ def test_opcheck_of_masks_that_hide_and_rows_with_nothing_open(operator, fill):
         # NaN equals nothing, itself included: the numbers are compared above.
         checks = ("test_schema", "test_faketensor") if fill == "nan" else torch.library._OPCHECK_DEFAULT_UTILS
         torch.library.opcheck(operator, (q, k, v, hidden), options, test_utils=checks)
-
-
-@pytest.mark.parametrize("mask", ["transposed", "bias", "sliced"])
-def test_keys_together_is_a_contiguous_copy(mask):
-    given = MASKS[mask](2, 2, 30, 40)
-    together = torch.ops.sparge.keys_together.default(given)
-    assert together.is_contiguous() and torch.equal(together, given) and together.data_ptr() != given.data_ptr()
-    torch.library.opcheck(torch.ops.sparge.keys_together.default, (given,))

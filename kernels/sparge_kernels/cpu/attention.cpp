@@ -33,11 +33,29 @@ void write_stats(const Call& call, int64_t first, int64_t heads, int query_tiles
     }
 }
 
+// The same where the mask is read by bands: of whole batch elements, and of all that share the mask.
+int64_t heads_of_a_band(const Call& call) {
+    const int64_t all = call.batch * call.kv_heads;
+    if (call.mask.strides[0] == 0) return all;
+    return std::min(all, ceil_div(heads_at_a_time(call), call.kv_heads) * call.kv_heads);
+}
+
+void classify(const Call& call, MaskTiles& mask) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) if (mask.rows() > 0)
+    for (int64_t row = 0; row < mask.rows(); ++row) {
+        SmallNumbers small_numbers;
+        mask.classify(row);
+    }
+}
+
 void attention(const Call& call) {
     const int64_t group = call.q_heads / call.kv_heads, kv_heads = call.batch * call.kv_heads;
-    const int64_t together = heads_at_a_time(call);
+    const bool by_bands = MaskBand::pays(call);
+    const int64_t together = by_bands ? heads_of_a_band(call) : heads_at_a_time(call);
     // All memory is taken here: an exception must not leave a parallel region.
     MaskTiles mask(call);
+    if (by_bands) mask.band = MaskBand(call, together * group);
+    const int band = by_bands ? mask.band.query_tiles() : mask.query_tiles;
     std::vector<KeyTiles> keys(together);
     for (KeyTiles& one : keys) one.resize(call);
     std::vector<Worker> workers;
@@ -45,11 +63,7 @@ void attention(const Call& call) {
     for (int i = 0; i < call.threads; ++i) workers.emplace_back(call);
     std::vector<int32_t> counts(together * group * mask.query_tiles * 3);
 
-#pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) if (mask.rows() > 0)
-    for (int64_t row = 0; row < mask.rows(); ++row) {
-        SmallNumbers small_numbers;
-        mask.classify(row);
-    }
+    if (!by_bands) classify(call, mask);
     for (int64_t start = 0; start < kv_heads; start += together) {
         const int64_t some = std::min(together, kv_heads - start);
 #pragma omp parallel num_threads(call.threads)
@@ -68,14 +82,24 @@ void attention(const Call& call) {
                 const int64_t own = job / mask.key_tiles, at = start + own;
                 worker.quantize_keys(call, keys[own], at / call.kv_heads, at % call.kv_heads, job % mask.key_tiles);
             }
+            for (int first = 0; first < mask.query_tiles; first += band) {
+                const int tiles = std::min(band, mask.query_tiles - first);
+                const int64_t batches = by_bands ? std::min(ceil_div(some, call.kv_heads), mask.batches()) : 0;
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t job = 0; job < some * group * mask.query_tiles; ++job) {
-                // Under causal the last query tiles are the longest: they go first.
-                const int64_t head = job / mask.query_tiles, at = start + head / group;
-                const int tile = mask.query_tiles - 1 - static_cast<int>(job % mask.query_tiles);
-                worker.run(
-                    call, mask, keys[head / group], at / call.kv_heads, at % call.kv_heads * group + head % group, tile,
-                    &counts[(head * mask.query_tiles + tile) * 3]);
+                for (int64_t job = 0; job < batches * tiles * mask.key_tiles; ++job) {
+                    const int64_t row = job / mask.key_tiles;
+                    const int tile = first + static_cast<int>(row % tiles);
+                    mask.take(start / call.kv_heads + row / tiles, tile, job % mask.key_tiles);
+                }
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t job = 0; job < some * group * tiles; ++job) {
+                    // Under causal the last query tiles are the longest: they go first.
+                    const int64_t head = job / tiles, at = start + head / group;
+                    const int tile = first + tiles - 1 - static_cast<int>(job % tiles);
+                    worker.run(
+                        call, mask, keys[head / group], at / call.kv_heads, at % call.kv_heads * group + head % group,
+                        tile, &counts[(head * mask.query_tiles + tile) * 3]);
+                }
             }
         }
         write_stats(call, start * group, some * group, mask.query_tiles, counts.data());

@@ -64,16 +64,20 @@ inline uint16_t float_to_bfloat16(float x) {
 
 inline float read(const void* data, int64_t at, int32_t dtype) {
     if (dtype == FLOAT32) return static_cast<const float*>(data)[at];
+    if (dtype == BOOL) return static_cast<const uint8_t*>(data)[at] ? 0.0f : -INF;
     uint16_t x = static_cast<const uint16_t*>(data)[at];
     return dtype == BFLOAT16 ? bfloat16_to_float(x) : half_to_float(x);
 }
 
-// `count` numbers from element `at` on, `stride` apart, as fp32.
+// `count` numbers from element `at` on, `stride` apart, as fp32; a bool is 0 or -inf, as in a mask.
 inline void read_row(const void* data, int64_t at, int64_t stride, int count, int32_t dtype, float* row) {
     if (stride != 1) {
         for (int i = 0; i < count; ++i) row[i] = read(data, at + i * stride, dtype);
     } else if (dtype == FLOAT32) {
         std::memcpy(row, static_cast<const float*>(data) + at, sizeof(float) * count);
+    } else if (dtype == BOOL) {
+        const uint8_t* source = static_cast<const uint8_t*>(data) + at;
+        for (int i = 0; i < count; ++i) row[i] = source[i] ? 0.0f : -INF;
     } else if (dtype == BFLOAT16) {
         const uint16_t* source = static_cast<const uint16_t*>(data) + at;
         for (int i = 0; i < count; ++i) row[i] = bfloat16_to_float(source[i]);

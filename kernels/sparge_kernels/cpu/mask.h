@@ -3,11 +3,12 @@
 
 #include <vector>
 
-#include "inputs.h"
+#include "mask_band.h"
 
 namespace sparge {
 
 constexpr float MASK_SPREAD = 1.0f;  // masks.py
+constexpr int64_t ROWS_AT_ONCE = 16;  // of a tile between two looks at whether it is sorted already
 
 enum MaskKind : uint8_t {
     HIDDEN = 0,   // -inf everywhere: the tile is never visited
@@ -21,6 +22,7 @@ struct MaskTiles {
     const int query_tiles, key_tiles;
     std::vector<uint8_t> kinds;  // [batch or 1][heads or 1][nQ][nK]
     std::vector<float> means;    // the same, where BIASED
+    MaskBand band;               // of masks that are read from there
 
     explicit MaskTiles(const Call& call)
         : call(call), query_tiles(static_cast<int>(ceil_div(call.q_len, Q_TILE))),
@@ -39,43 +41,79 @@ struct MaskTiles {
         return (((batches() == 1 ? 0 : b) * heads() + (heads() == 1 ? 0 : h)) * query_tiles + query_tile) * key_tiles;
     }
 
-    // `count` numbers of one row of the mask: 0 and -inf for a bool.
+    // `count` numbers of one row of a tile of the mask: 0 and -inf for a bool.
     void read(int64_t b, int64_t h, int64_t query, int64_t key, int count, float* row) const {
         const int64_t* strides = call.mask.strides;
+        if (band.numbers()) return read_row(band.numbers(), band.at(b, h, query, key), 1, count, call.mask_dtype, row);
         const int64_t at = b * strides[0] + h * strides[1] + query * strides[2] + key * strides[3];
-        if (call.mask_dtype != BOOL) return read_row(call.mask.data, at, strides[3], count, call.mask_dtype, row);
-        const uint8_t* source = static_cast<const uint8_t*>(call.mask.data) + at;
-        for (int i = 0; i < count; ++i) row[i] = source[i * strides[3]] ? 0.0f : -INF;
+        read_row(call.mask.data, at, strides[3], count, call.mask_dtype, row);
     }
 
     // Classifies all K tiles of one row of tiles, 0 <= row < rows().
     void classify(int64_t row) {
-        const int query_tile = static_cast<int>(row % query_tiles);
         const int64_t h = row / query_tiles % heads(), b = row / query_tiles / heads();
-        const int64_t first = int64_t(query_tile) * Q_TILE;
+        for (int tile = 0; tile < key_tiles; ++tile) classify(b, h, static_cast<int>(row % query_tiles), tile);
+    }
+
+    // Takes one tile of all heads into the band and classifies it.
+    void take(int64_t b, int query_tile, int tile) {
+        band.copy(call, b, query_tile, tile);
+        for (int64_t h = 0; h < heads(); ++h) classify(b, h, query_tile, tile);
+    }
+
+private:
+    struct Tile {
+        int64_t b, h, first, last, key;  // last: after the last query
+        int count;
+    };
+
+    void classify(int64_t b, int64_t h, int query_tile, int tile) {
+        const int64_t first = int64_t(query_tile) * Q_TILE, key = int64_t(tile) * K_TILE;
         // A row that is the same for every query is read once.
         const int64_t last = call.mask.strides[2] == 0 ? first + 1 : std::min(first + Q_TILE, call.q_len);
-        for (int tile = 0; tile < key_tiles; ++tile) {
-            const int count = static_cast<int>(std::min<int64_t>(K_TILE, call.k_len - int64_t(tile) * K_TILE));
-            float line[K_TILE], largest = -INF, smallest = INF;
-            double total = 0;
-            bool is_number = true;
-            for (int64_t query = first; query < last; ++query) {
-                read(b, h, query, int64_t(tile) * K_TILE, count, line);
-                for (int key = 0; key < count; ++key) {
-                    is_number &= line[key] == line[key];
-                    largest = std::max(largest, line[key]);
-                    smallest = std::min(smallest, line[key]);
-                    total += line[key];
+        const Tile one{b, h, first, last, key, static_cast<int>(std::min<int64_t>(K_TILE, call.k_len - key))};
+        const int64_t entry = at(b, h, query_tile) + tile;
+        kinds[entry] = kind(one);
+        if (kinds[entry] == BIASED) means[entry] = mean(one);
+    }
+
+    MaskKind kind(const Tile& tile) const {
+        Floats largest = splat(-INF), smallest = splat(INF);
+        Ints is_number = splat(-1);
+        float line[K_TILE], most = -INF, least = INF;
+        for (int64_t query = tile.first; query < tile.last;) {
+            for (const int64_t stop = std::min(query + ROWS_AT_ONCE, tile.last); query < stop; ++query) {
+                read(tile.b, tile.h, query, tile.key, tile.count, line);
+                std::fill(line + tile.count, line + K_TILE, line[0]);
+                for (int i = 0; i < K_TILE; i += LANES) {
+                    const Floats x = load(line + i);
+                    is_number &= x == x;
+                    largest = maximum(x, largest), smallest = -maximum(-x, -smallest);
                 }
             }
-            const int64_t entry = row * key_tiles + tile;
-            if (is_number && largest == -INF) kinds[entry] = HIDDEN;
-            else if (is_number && largest == 0 && smallest == 0) kinds[entry] = OPEN;
-            else if (is_number && largest < INF && largest - smallest <= MASK_SPREAD) kinds[entry] = BIASED;
-            else kinds[entry] = PARTIAL;
-            if (kinds[entry] == BIASED) means[entry] = static_cast<float>(total / double((last - first) * count));
+            for (int lane = 0; lane < LANES; ++lane)
+                most = std::max(most, largest[lane]), least = std::min(least, smallest[lane]);
+            // What is PARTIAL by some of its rows is by all.
+            if (any(~is_number) || most == INF || most - least > MASK_SPREAD) return PARTIAL;
         }
+        if (most == -INF) return HIDDEN;
+        if (most == 0 && least == 0) return OPEN;
+        return most - least <= MASK_SPREAD ? BIASED : PARTIAL;
+    }
+
+    float mean(const Tile& tile) const {
+        typedef float Part __attribute__((vector_size(8 * sizeof(float)), aligned(alignof(float)), may_alias));
+        typedef double Totals __attribute__((vector_size(8 * sizeof(double))));  // in every build: one order of adding
+        Totals totals{};
+        float line[K_TILE] = {};
+        for (int64_t query = tile.first; query < tile.last; ++query) {
+            read(tile.b, tile.h, query, tile.key, tile.count, line);
+            for (int i = 0; i < K_TILE; i += 8)
+                totals += __builtin_convertvector(*reinterpret_cast<const Part*>(line + i), Totals);
+        }
+        double total = 0;
+        for (int i = 0; i < 8; ++i) total += totals[i];
+        return static_cast<float>(total / double((tile.last - tile.first) * tile.count));
     }
 };
 
