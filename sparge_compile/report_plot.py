@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from sparge_compile.report import Report, SiteReport
+from sparge_compile.report_text import times
 from sparge_kernels.thresholds import K_TILE, Q_TILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LONGEST_NAME, _LONGEST_REASON = 48, 70
+_LONGEST_NAME = 72
+_LETTER = 0.6  # width of a letter in sizes of the font, about
 _COMPUTED, _SKIPPED, _HIDDEN, _DENSE = "#1f4e79", "#f3c98b", "#ffffff", "#e4e4e4"
 
 
@@ -29,26 +31,29 @@ def densities(report: Report) -> Figure:
     figure_type = _figure_type()
     if not any(site.head_densities for site in report.sites):
         raise ValueError("no site of this report has measured densities to plot; explain(model, ...) measures them.")
-    sites = report.sites
+    sites, names = report.sites, [_short(site.name, _LONGEST_NAME) for site in report.sites]
     heads = max(len(site.head_densities or ()) for site in sites)
     size = max(5.0, min(8.0, 600 / len(sites)))  # of letters: rows of many sites are lower
-    height = size * 1.6 / 72
-    width = 3.5 + max(3.0, min(8.0, 0.35 * heads))
-    figure = figure_type(figsize=(width, 1.4 + height * len(sites)), layout="constrained")
+    letter, row_height = size * _LETTER / 72, size * 1.6 / 72  # inches
+    map_width = max(4.0, min(8.0, 0.35 * heads))
+    figure = figure_type(
+        figsize=(map_width + letter * max(map(len, names)) + 1.2, max(2.2, 1.2 + row_height * len(sites))),
+        layout="constrained",
+    )
     axes = figure.subplots()
     values = [list(site.head_densities or ()) + [math.nan] * (heads - len(site.head_densities or ())) for site in sites]
     image = axes.imshow(values, aspect="auto", vmin=0.0, vmax=1.0, cmap="viridis", interpolation="nearest")
     for row, site in enumerate(sites):
         if not site.head_densities:
-            _mark_dense(axes, row, heads, site, size)
-    axes.set_title(f"Share of tiles computed\n{_summary(report)}", fontsize=9)
+            _mark_dense(axes, row, heads, _short(_why(site), int(map_width / letter) - 2), size)
+    axes.set_title(f"Share of the visible tiles that are computed\n{_summary(report)}", fontsize=9)
     axes.set_xlabel("query head", fontsize=9)
     step = max(1, math.ceil(heads / 16))
     axes.set_xticks(range(0, heads, step), [str(head) for head in range(0, heads, step)], fontsize=8)
-    axes.set_yticks(range(len(sites)), [_short(site.name, _LONGEST_NAME) for site in sites], fontsize=size)
+    axes.set_yticks(range(len(sites)), names, fontsize=size)
     axes.tick_params(length=2)
-    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.0 / (height * len(sites))), pad=0.02)
-    bar.set_label("density (computed / visible tiles)", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3.0 / (row_height * len(sites))), pad=0.02)
+    bar.set_label("density", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     return figure
 
@@ -83,7 +88,7 @@ def tiles(report: Report, site: str, head: int) -> Figure:
     axes.set_xlabel(f"key (tokens, tiles of {K_TILE})", fontsize=9)
     axes.set_ylabel(f"query (tokens, tiles of {Q_TILE})", fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.set_title(f"{_short(site, 60)}, head {head}: density {density:.3f}", fontsize=9)
+    axes.set_title(f"{_short(site, 60)}\nquery head {head}: density {density:.3f}", fontsize=9)
     labels = {_COMPUTED: "computed", _SKIPPED: "skipped, or hidden by the mask" if of_site.masked else "skipped"}
     if of_site.is_causal:
         labels[_HIDDEN] = "in the future"
@@ -98,27 +103,23 @@ def _seen_by_causality(q_tiles: int, k_tiles: int) -> Tensor:
     return torch.arange(k_tiles) * K_TILE <= last_query
 
 
-def _mark_dense(axes: Axes, row: int, heads: int, site: SiteReport, size: float) -> None:
+def _mark_dense(axes: Axes, row: int, heads: int, words: str, size: float) -> None:
     from matplotlib.patches import Rectangle
 
     shape: dict[str, Any] = {"facecolor": _DENSE, "edgecolor": "#bdbdbd", "hatch": "////", "linewidth": 0}
     axes.add_patch(Rectangle((-0.5, row - 0.5), heads, 1, **shape))
-    words = "not run" if site.rewritten else f"dense: {(site.reason or '').partition(';')[0].partition(':')[0]}"
-    axes.text(
-        (heads - 1) / 2,
-        row,
-        _short(words, _LONGEST_REASON),
-        ha="center",
-        va="center",
-        fontsize=size - 1,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-        clip_on=True,
-    )
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+    axes.text((heads - 1) / 2, row, words, ha="center", va="center", fontsize=size - 1, bbox=behind, clip_on=True)
+
+
+def _why(site: SiteReport) -> str:
+    """The first words of the reason."""
+    return "not run" if site.rewritten else f"dense: {(site.reason or '').partition(';')[0].partition(':')[0]}"
 
 
 def _summary(report: Report) -> str:
     rewritten = f"{len(report.rewritten)} of {len(report.sites)} attention calls rewritten"
-    return rewritten if report.speedup is None else f"{rewritten}, {report.speedup:.2g} times as fast as dense"
+    return rewritten if report.speedup is None else f"{rewritten}, {times(report.speedup)} times as fast as dense"
 
 
 def _short(text: str, longest: int) -> str:

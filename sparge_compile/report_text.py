@@ -79,7 +79,7 @@ def in_words(report: Report) -> str | None:
     if speedup is None or not timed:
         return None
     dense = sum(site.dense_ms or 0.0 for site in report.sites)
-    how = f"{_times(speedup)} times as fast as dense ({dense / speedup:.3g} ms instead of {dense:.3g} ms)"
+    how = f"{times(speedup)} times as fast as dense ({dense / speedup:.3g} ms instead of {dense:.3g} ms)"
     words = f"attention part: {'slower, ' if speedup < 1 else ''}{how}, measured on this run's tensors"
     untimed = sum(site.dense_ms is None for site in report.sites)
     if untimed:
@@ -172,10 +172,11 @@ def _density(sites: Sequence[SiteReport]) -> str:
 
 def _times_as_fast(sites: Sequence[SiteReport]) -> str:
     ratios = [site.dense_ms / site.sparse_ms for site in sites if site.dense_ms and site.sparse_ms]
-    return _range(ratios, _times) if ratios else "-"
+    return _range(ratios, times) if ratios else "-"
 
 
-def _times(ratio: float) -> str:
+def times(ratio: float) -> str:
+    """A ratio of times with one digit behind the point, or two if it is a loss."""
     return f"{ratio:.1f}" if ratio >= 0.95 else f"{ratio:.2f}"
 
 
