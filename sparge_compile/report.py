@@ -13,6 +13,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from sparge_compile.reasons import what_to_change
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -78,6 +80,11 @@ class SiteReport:
     calls: int | None = None
     dense_ms: float | None = None
     sparse_ms: float | None = None
+
+    @property
+    def change(self) -> str | None:
+        """What to change to have a dense call rewritten; None if `reason` says so itself, or there is none."""
+        return None if self.reason is None else what_to_change(self.reason)
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ class Report:
     def to_json(self) -> str:
         """The report as a JSON object: `sites`, `notes`, `speedup`, `diffs`. Numbers that are not finite are null."""
         content = {
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [{**asdict(site), "change": site.change} for site in self.sites],
             "notes": self.notes,
             "speedup": self.speedup,
             "diffs": self.diffs,

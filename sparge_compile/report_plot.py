@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparge_compile.reasons import kind_of
 from sparge_compile.report import Report, SiteReport
 from sparge_compile.report_text import times
 from sparge_kernels.thresholds import K_TILE, Q_TILE
@@ -77,7 +78,7 @@ def tiles(report: Report, site: str, head: int) -> Figure:
     figure = figure_type(figsize=(5.2, 5.4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(
-        torch.where(chosen, 2, seen.int()),
+        torch.where(chosen, 2, seen.int()).numpy(),
         aspect="auto",
         vmin=0,
         vmax=2,
@@ -113,8 +114,10 @@ def _mark_dense(axes: Axes, row: int, heads: int, words: str, size: float) -> No
 
 
 def _why(site: SiteReport) -> str:
-    """The first words of the reason."""
-    return "not run" if site.rewritten else f"dense: {(site.reason or '').partition(';')[0].partition(':')[0]}"
+    if site.rewritten:
+        return "not run"
+    kind = kind_of(site.reason or "")
+    return "dense" if kind is None else f"dense: {kind.label}"
 
 
 def _summary(report: Report) -> str:

@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sparge_compile import dynamo
 from sparge_compile.markers import ATTACHED_SOURCE
+from sparge_compile.reasons import what_to_change
 from sparge_compile.report import Report, SiteReport
 from sparge_compile.report_groups import Group, grouped
 
@@ -68,7 +69,10 @@ def rendered(report: Report, width: int) -> Iterator[RenderableType]:
         yield text("stayed dense:", "bold")
     for reason, groups in by_reason.items():
         yield text(reason, indent=2)
-        yield text(", ".join(group.label for group in groups), "dim", indent=6)
+        change = what_to_change(reason)
+        if change is not None:
+            yield text(f"to change: {change}", "cyan", indent=4)
+        yield text(", ".join(group.label for group in groups), "dim", indent=4)
     for line in (*_recompiles(report.sites), *report.notes):
         yield text(line, "yellow")
 
