@@ -135,12 +135,8 @@ def test_where_memory_runs_out_a_call_has_no_times():
     assert CallTimer()([too_large], [X]) is None
 
 
-@pytest.mark.parametrize("kernel", ["native", "blocked"])
 @pytest.mark.parametrize("kind", ["full", "causal", "masked", "gqa", "longer-queries"])
-def test_tile_maps_are_what_the_kernel_computed(kind, kernel, monkeypatch):
-    if (kernel, kind) == ("blocked", "masked"):
-        pytest.skip("the kernel in plain torch takes no masks")
-    monkeypatch.setenv("SPARGE_CPU_KERNEL", kernel)
+def test_tile_maps_are_what_the_kernel_computed(kind):
     torch.manual_seed(0)
     q_len, k_len = {"longer-queries": (700, 330)}.get(kind, (520, 520))
     heads = 2 if kind == "gqa" else 4
