@@ -69,8 +69,8 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
 
 def transform_sites(gm: fx.GraphModule, base: Policy) -> list[tuple[AttentionSite, SiteReport]]:
     """`transform`, with the site of each report. The nodes of those that stay dense are still in the graph."""
-    started = time.perf_counter()
     before = graph_diff.readable(gm) if graph_diff.is_wanted() else None
+    started = time.perf_counter()
     policy, outcomes = decide_sites(gm, base, take_markers(gm))
     if not outcomes:
         log.debug("no attention call in a graph of %d nodes", len(gm.graph.nodes))

@@ -10,7 +10,7 @@ import logging
 
 from torch import fx
 
-from sparge_compile import dynamo
+from sparge_compile.logs import graph_name
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,7 @@ def readable(gm: fx.GraphModule) -> str:
 
 def difference(before: str, after: str) -> str:
     """A unified diff of two texts of `readable` of the graph being compiled; empty if they are equal."""
-    code = dynamo.code_being_compiled()
-    graph = "graph" if code is None else f"graph of {code.co_name} ({code.co_filename}:{code.co_firstlineno})"
-    names = f"{graph}, before", f"{graph}, after"
+    names = f"{graph_name()}, before", f"{graph_name()}, after"
     return "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), *names, lineterm=""))
 
 

@@ -10,15 +10,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from sparge_compile import dynamo
 from sparge_compile.report import SiteReport
 
 log = logging.getLogger("sparge_compile")
 
 
+def graph_name() -> str:
+    """The graph being compiled, by the function it was traced from."""
+    code = dynamo.code_being_compiled()
+    return "graph" if code is None else f"graph of {code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+
+
 def log_graph(reports: Sequence[SiteReport], seconds: float) -> None:
     """One graph was looked through and rewritten: how many of its calls, in how long, and each call."""
     rewritten = sum(report.rewritten for report in reports)
-    log.info("%d of %d attention calls rewritten in %.1f ms", rewritten, len(reports), 1e3 * seconds)
+    facts = rewritten, len(reports), 1e3 * seconds, graph_name()
+    log.info("%d of %d attention calls rewritten in %.1f ms, %s", *facts)
     for report in reports:
         decision = (
             f"rewritten, thresholds by {report.threshold_source}" if report.rewritten else f"dense, {report.reason}"

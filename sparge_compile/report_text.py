@@ -50,13 +50,14 @@ def show(report: Report, file: IO[str] | None) -> None:
 
 def rendered(report: Report, width: int) -> Iterator[RenderableType]:
     """The parts of the table for rich, from the top."""
+    from rich.constrain import Constrain
     from rich.padding import Padding
     from rich.text import Text
 
     width = min(width, WIDTH)
 
     def text(content: str, style: str = "", indent: int = 0) -> RenderableType:
-        return Padding(Text(content, style=style), (0, 0, 0, indent), expand=False)
+        return Constrain(Padding(Text(content, style=style), (0, 0, 0, indent), expand=False), width)
 
     yield text(f"{len(report.rewritten)} of {len(report.sites)} attention calls rewritten", "bold")
     speed = in_words(report)
@@ -83,7 +84,7 @@ def in_words(report: Report) -> str | None:
     if speedup is None or not timed:
         return None
     dense = sum(site.dense_ms or 0.0 for site in report.sites)
-    how = f"{times(speedup)} times as fast as dense ({dense / speedup:.3g} ms instead of {dense:.3g} ms)"
+    how = f"{times(speedup)} times as fast as dense ({_ms(dense / speedup)} instead of {_ms(dense)} ms)"
     words = f"attention part: {'slower, ' if speedup < 1 else ''}{how}, measured on this run's tensors"
     untimed = sum(site.dense_ms is None for site in report.sites)
     if untimed:
@@ -126,9 +127,14 @@ def _table(sites: Sequence[SiteReport], width: int) -> Table:
     for title in columns:
         table.add_column(title, max_width=_WIDEST, overflow="fold")
     for group, *cells in zip(groups, *columns.values(), strict=True):
-        style = "green" if group.sites[0].rewritten else "yellow"
-        table.add_row(_name(group, max(room, _NARROWEST_SITE)), *map(_text, cells), style=style)
+        table.add_row(_name(group, max(room, _NARROWEST_SITE)), *map(_text, cells), style=_style(group.sites))
     return table
+
+
+def _style(sites: Sequence[SiteReport]) -> str:
+    if not sites[0].rewritten:
+        return "yellow"
+    return "red" if sum((site.dense_ms or 0.0) - (site.sparse_ms or 0.0) for site in sites) < 0 else "green"
 
 
 def _room(columns: Mapping[str, Sequence[str]], width: int) -> int:
@@ -182,6 +188,10 @@ def _times_as_fast(sites: Sequence[SiteReport]) -> str:
 def times(ratio: float) -> str:
     """A ratio of times with one digit behind the point, or two if it is a loss."""
     return f"{ratio:.1f}" if ratio >= 0.95 else f"{ratio:.2f}"
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.2g}"
 
 
 def _share(density: float) -> str:
