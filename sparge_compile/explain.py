@@ -38,7 +38,8 @@ def explain(
     Args:
         model: a module or function; compiled or not, it is left as it is. (On torch 2.11 each policy explained counts
             towards torch's limit of compiled variants; later versions keep explain's apart.)
-        *args, **kwargs: what to call it with. The run has the side effects a call has (a cache is filled).
+        *args, **kwargs: what to call it with. The run has the side effects a call has (a cache is filled). An argument
+            of the model that is called as one of those below must be given by position.
         policy: the policy to explain. None: the one in force here, on top of the `options` of a compiled model.
         timing: time each rewritten call too, on its own tensors: once as the operator and once densely, as
             F.scaled_dot_product_attention with its dtype, mask (or is_causal) and number of heads, after one run of

@@ -1,8 +1,8 @@
 """What the compiler says while it compiles, under one logger: `sparge_compile`.
 
-Nothing is shown by default and no handler is installed: `TORCH_LOGS="sparge_compile"` shows one line per graph (INFO),
-`TORCH_LOGS="+sparge_compile"` one per attention call too (DEBUG), and so does Python's `logging`. Graphs before and
-after are a logger of their own, graph_diff.py.
+Nothing is shown by default and no handler is installed. `TORCH_LOGS="sparge_compile"` shows one line per graph (INFO),
+`TORCH_LOGS="+sparge_compile"` one per attention call too (DEBUG), and the diffs of graph_diff.py, a logger below this
+one: `TORCH_LOGS="+sparge_compile,-sparge_compile.graph_diff"` leaves them out. Python's `logging` does the same.
 """
 
 from __future__ import annotations
