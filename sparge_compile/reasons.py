@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparge_compile.reasons_written_out import WRITTEN_OUT
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -25,10 +27,6 @@ class Kind:
     why: str
     change: str
 
-
-_WRITTEN_OUT = "attention written out"
-_NO_SUCH_SUM = "The kernel computes softmax(scale * Q K^T + mask) V and nothing else."
-_AS_SDPA = "Write it as F.scaled_dot_product_attention if that says the same, or leave it dense."
 
 KINDS = (
     # What the user asked for.
@@ -256,7 +254,7 @@ KINDS = (
         "query, key and value could not be read",
         "arguments",
         "It is not clear what the call computes.",
-        _AS_SDPA,
+        "Write it as F.scaled_dot_product_attention if that says the same, or leave it dense.",
     ),
     # Writes in place.
     Kind(
@@ -296,23 +294,7 @@ KINDS = (
         "This torch computes the fused layer otherwise than is known.",
         "torch.backends.mha.set_fastpath_enabled(False) takes the layer's other path.",
     ),
-    # Attention written out, and what looks like it.
-    Kind("softcap", "softcap", _NO_SUCH_SUM, "Leave it dense."),
-    Kind("in place of softmax", "not softmax", _NO_SUCH_SUM, "Leave it dense."),
-    Kind("is not attention", "not attention", "The softmax is over another dimension than the keys.", "Nothing."),
-    Kind(
-        "already a call of another attention kernel",
-        "other kernel",
-        "The model calls a kernel of its own.",
-        "Choose attention by F.scaled_dot_product_attention in the model (attn_implementation='sdpa', for example).",
-    ),
-    Kind(
-        "not proven equal",
-        "not proven",
-        "On small random inputs the rewritten form gave other numbers than the model's own operations.",
-        _AS_SDPA,
-    ),
-    Kind(_WRITTEN_OUT, "not read", "A step between the two products is not understood.", _AS_SDPA),
+    *(Kind(*row) for row in WRITTEN_OUT),
 )
 
 

@@ -36,7 +36,7 @@ def texts() -> list[str]:
 def table() -> str:
     """A row for each text: the message, why, and what to do."""
     rows = ["| message | why | what to do |", "|---|---|---|"]
-    for text in sorted(texts(), key=lambda text: text.lower()):
+    for text in sorted(set(texts()) - {_BEFORE["Unread"] + WHATEVER}, key=str.lower):
         kind = kind_of(text)
         assert kind is not None, text
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (text, kind.why, kind.change)) + " |")
