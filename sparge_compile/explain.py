@@ -43,9 +43,9 @@ def explain(
         policy: the policy to explain. None: the one in force here, on top of the `options` of a compiled model.
         timing: time each rewritten call too, on its own tensors: once as the operator and once densely, as
             F.scaled_dot_product_attention with its dtype, mask (or is_causal) and number of heads, after one run of
-            both to warm up for each kind of call. So the attention part of the run takes about one dense and one sparse
-            run longer, and memory for one more output. Calls of F.scaled_dot_product_attention that stay dense are
-            timed once more as they are, unless they have dropout.
+            both to warm up for each kind of call. So the attention part takes about one dense and one sparse run
+            longer, and the memory that a dense call takes. Calls of F.scaled_dot_product_attention that stay dense run
+            once more as they are, unless they have dropout; other dense calls are not timed.
         tile_maps: patterns (fnmatch) of the names of sites whose tiles are kept for `Report.tile_map`: for each of
             their batches and query heads q_len * k_len / 8192 bytes.
 
