@@ -60,7 +60,7 @@ def densities(report: Report) -> Figure:
 
 
 def tiles(report: Report, site: str, head: int) -> Figure:
-    """The tile map of one query head: queries downwards, keys to the right, in tokens.
+    """The tile map of one query head, of the first in the batch: queries downwards, keys to the right, in tokens.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -72,9 +72,11 @@ def tiles(report: Report, site: str, head: int) -> Figure:
 
     chosen = report.tile_map(site, head)
     of_site = next(one for one in report.rewritten if one.name == site)
-    assert of_site.head_densities is not None
-    (q_tiles, k_tiles), density = chosen.shape, of_site.head_densities[head]
+    q_tiles, k_tiles = chosen.shape
     seen = _seen_by_causality(q_tiles, k_tiles) if of_site.is_causal else torch.ones_like(chosen)
+    title = f"{_short(site, 60)}\nquery head {head}"
+    if not of_site.masked:  # what a mask hides is not known here
+        title += f": density {float(chosen.sum() / seen.sum()):.3f}"
     figure = figure_type(figsize=(5.2, 5.4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(
@@ -89,7 +91,7 @@ def tiles(report: Report, site: str, head: int) -> Figure:
     axes.set_xlabel(f"key (tokens, tiles of {K_TILE})", fontsize=9)
     axes.set_ylabel(f"query (tokens, tiles of {Q_TILE})", fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.set_title(f"{_short(site, 60)}\nquery head {head}: density {density:.3f}", fontsize=9)
+    axes.set_title(title, fontsize=9)
     labels = {_COMPUTED: "computed", _SKIPPED: "skipped, or hidden by the mask" if of_site.masked else "skipped"}
     if of_site.is_causal:
         labels[_HIDDEN] = "in the future"
