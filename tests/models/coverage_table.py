@@ -43,7 +43,7 @@ def explained(entry: Entry) -> sparge.Report:
     call.empty_caches()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sparge.explain(call.module, *call.args, policy=POLICY, **call.kwargs)
+        return sparge.explain(call.module, *call.args, policy=POLICY, timing=False, **call.kwargs)
 
 
 def table() -> str:
