@@ -76,6 +76,20 @@ def blocks_of(document):
     return [token for token in tokens if token.type == "fence" and token.info == "python"]
 
 
+def links_of(document):
+    for token in MarkdownIt().enable("table").parse(document.read_text()):
+        for child in token.children or ():
+            address = child.attrs.get("href") or child.attrs.get("src")
+            if address is not None:
+                yield address
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(document):
+    files = [link.partition("#")[0] for link in links_of(document) if "://" not in link]
+    assert [file for file in files if file and not (document.parent / file).exists()] == []
+
+
 @pytest.fixture
 def pasted(monkeypatch, tmp_path):
     """The module that a document is pasted into, in a folder to write to; matchers are as they were afterwards."""

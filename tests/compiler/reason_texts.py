@@ -1,11 +1,13 @@
 """The texts of all reasons for which a call stays dense, read from the code, and the table of them for the documents.
 
-Run `python tests/compiler/reason_texts.py` to print the table.
+`python tests/compiler/reason_texts.py --write` puts the table into docs/troubleshooting.md.
 """
 
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,8 @@ _CONSTANTS = {"_OTHERS", "_BLOCKERS", "OUTSIDE", "_CUT_OFF", "_DENSE_AT_RUN_TIME
 _CONSTANTS |= {"_CAPS"}
 _BEFORE = {"Unread": "attention written out, and not read: "}
 WHATEVER = "…"
+PAGE = ROOT / "docs" / "troubleshooting.md"
+_MARKED = re.compile(r"<!-- reasons -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def texts() -> list[str]:
@@ -92,5 +96,15 @@ def _written(node: ast.expr, constants: dict[str, ast.expr]) -> Iterator[str]:
         yield from _written(node.orelse, constants)
 
 
+def of_page() -> str:
+    """The table as it stands in the documents."""
+    found = _MARKED.search(PAGE.read_text())
+    assert found is not None
+    return found[1].strip()
+
+
 if __name__ == "__main__":
-    print(table())
+    if "--write" in sys.argv:
+        PAGE.write_text(_MARKED.sub(lambda _: f"<!-- reasons -->\n{table()}\n<!-- end -->", PAGE.read_text()))
+    else:
+        print(table())

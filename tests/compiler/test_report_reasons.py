@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reason_texts import texts
+from reason_texts import of_page, table, texts
 
 import sparge_compile as sparge
 from sparge_compile import Policy, SiteReport
@@ -18,6 +18,10 @@ def test_every_reason_in_the_code_is_of_a_known_kind():
 def test_every_kind_is_one_of_the_code():
     used = {kind_of(text) for text in texts()}
     assert [kind.text for kind in KINDS if kind not in used] == []
+
+
+def test_the_page_has_every_reason_and_no_other():
+    assert of_page() == table(), "run python tests/compiler/reason_texts.py --write"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.text[:30])
