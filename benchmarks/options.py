@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peers import DENSE, optional_peers
-from problem import ROW
-from target import Target
 
+from sparge_compile.bench.peers import DENSE, optional_peers
+from sparge_compile.bench.problem import ROW
+from sparge_compile.bench.target import Target
 from sparge_kernels import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

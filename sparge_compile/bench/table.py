@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rows import Row
+from sparge_compile.bench.rows import Row
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,8 @@ def speed(row: Row) -> str:
     return "-" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_min:.2f} .. {row.ratio_max:.2f})"
 
 
-def asked(row: Row) -> str:
-    return "1 tile a row" if row.density_asked is None else f"{row.density_asked:g}"
-
-
 TOKENS = Column("tokens", lambda row: str(row.tokens))
-DENSITY_ASKED = Column("density asked", asked)
+DENSITY_ASKED = Column("density asked", lambda row: row.choice)
 DENSITY = Column("density", lambda row: number(row.density, ".3f"))
 VARIANT = Column("variant", lambda row: row.variant)
 WORST_ROW = Column("cosine of the worst row", lambda row: number(row.worst_cosine, ".4f"))
