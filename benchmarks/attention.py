@@ -19,7 +19,7 @@ import math
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,10 +30,11 @@ import torch
 from sparge_compile.bench import cpu_target, gpu_target, plot
 from sparge_compile.bench.budget import Budget
 from sparge_compile.bench.peers import OURS
-from sparge_compile.bench.problem import ONE_TILE, dense_flops, share, smooth_problem
+from sparge_compile.bench.problem import DTYPES, ONE_TILE, dense_flops, share, smooth_problem
 from sparge_compile.bench.rows import Row, Shape, in_words
 from sparge_compile.bench.table import table_head, table_line
 from sparge_compile.bench.target import Target
+from sparge_compile.bench.targets import Targets
 
 
 def cpu() -> Target:
@@ -46,7 +47,7 @@ def rooflines(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[str],
     return roofline.report(rows, head_dims=args.head_dim, precision=args.precision, threads=args.threads)
 
 
-TARGETS: dict[str, Callable[[], Target]] = {"cpu": cpu, "cuda": gpu_target.target}
+TARGETS: Targets = {"cpu": cpu, "cuda": gpu_target.target}
 SMALL_TOKENS, SMALL_HEADS = 2048, 2  # what the reference computes in a second or two
 
 
@@ -86,7 +87,7 @@ def make_shape(args: argparse.Namespace, target: Target, size: Size, deadline: f
         size.head_dim,
         is_causal=size.is_causal,
         precision=args.precision,
-        dtype=options.DTYPES[args.dtype],
+        dtype=DTYPES[args.dtype],
         device=target.device,
     )
     chosen = {name: peer for name, peer in target.peers.items() if name.split()[0] in (OURS, *args.peers)}
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace, target: Target, argv: Sequence[str]) -> list[R
     print(f"`{shlex.join(['python', 'benchmarks/attention.py', *argv])}`\n")
     roofline: dict[str, Any] = {}
     if target.ceilings is not None:
-        ceilings = target.ceilings(options.DTYPES[args.dtype])
+        ceilings = target.ceilings(DTYPES[args.dtype])
         target = replace(target, judge=ceilings.judge)
         roofline = asdict(ceilings)
         print(f"{ceilings.words()}\n")
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace, target: Target, argv: Sequence[str]) -> list[R
     return rows
 
 
-def main(argv: Sequence[str] | None = None, targets: Mapping[str, Callable[[], Target]] = TARGETS) -> None:
+def main(argv: Sequence[str] | None = None, targets: Targets = TARGETS) -> None:
     args, target = options.parse(argv, targets, __doc__)
     torch.set_num_threads(args.threads)
     with torch.no_grad():

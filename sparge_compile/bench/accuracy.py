@@ -69,6 +69,9 @@ def failure(peer: Peer, output: Tensor, check: Check) -> str | None:
     rows, limit = check.expected.of(output), exact_limit(peer, check.problem)
     if check.problem.choice.keeps_all or not peer.sparse:
         errors.append((f"relative L1 to {check.expected.words}", relative_l1(rows, check.expected.dense), limit))
+    elif check.problem.choice.max_error is not None:
+        error, allowed = relative_l1(rows, check.expected.dense), check.problem.choice.max_error
+        errors.append((f"relative L1 to {check.expected.words}", error, allowed))
     if check.kept is not None and peer.sparse:
         errors.append(("relative L1 to fp64 over the same tiles", relative_l1(rows, check.kept), limit))
     if check.same_tiles is not None:

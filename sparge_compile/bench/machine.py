@@ -30,6 +30,16 @@ def describe(threads: int) -> dict[str, str]:
     }
 
 
+def busy() -> str | None:
+    """What to say where other processes keep the CPUs busy; None where they do not."""
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load < cpus:
+        return None
+    return (
+        f"The machine is busy (load average {load:.1f} on {cpus} CPUs): times are noisy. Measure again when it is not."
+    )
+
+
 def cpu_facts() -> dict[str, str]:
     """The first processor's entry in /proc/cpuinfo; empty where there is none."""
     try:

@@ -13,6 +13,7 @@ from sparge_compile.thresholds import from_policy
 from sparge_kernels.masks import causal_tiles
 from sparge_kernels.thresholds import DEFAULT_PREDICTOR, NEVER_SKIP, Thresholds
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROW = 128  # tokens in a row of the field
 
 
@@ -20,13 +21,15 @@ ROW = 128  # tokens in a row of the field
 class Choice:
     """Which tiles a sparse peer computes.
 
-    name: in tables. density: the share of each row of tiles that is asked for, if one is.
+    name: in tables. density: the share of each row of tiles that is asked for, if one is. max_error: the largest
+    relative L1 to dense attention that passes; None: any does, and is shown.
     """
 
     name: str
     thresholds: Thresholds
     predictor: str = DEFAULT_PREDICTOR
     density: float | None = None
+    max_error: float | None = None
 
     @property
     def keeps_all(self) -> bool:
@@ -44,10 +47,10 @@ ONE_TILE = Choice("1 tile a row", Thresholds(topk=1e-6, cdf=1.0, similarity=-1.0
 """A topk so small that every row of tiles keeps one, and under causal its diagonal tiles."""
 
 
-def of_policy(name: str, policy: Policy, is_causal: bool) -> Choice:
+def of_policy(name: str, policy: Policy, is_causal: bool, max_error: float | None) -> Choice:
     """What a compiled call would do under this policy."""
     chosen = from_policy(policy, is_causal)
-    return Choice(name, chosen.thresholds[0], chosen.predictor)
+    return Choice(name, chosen.thresholds[0], chosen.predictor, max_error=max_error)
 
 
 @dataclass(frozen=True)

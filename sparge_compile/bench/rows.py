@@ -18,6 +18,9 @@ from sparge_compile.bench.target import Target
 from sparge_compile.bench.timing import Stopwatch, Timing, rounds
 from sparge_kernels.thresholds import K_TILE, Q_TILE
 
+BASELINE = "baseline"
+"""The note of the fastest dense variant."""
+
 
 @dataclass
 class Row:
@@ -82,6 +85,7 @@ class Shape:
 
     small: a problem of the same kind that the reference can afford. repeats: rounds in which each variant runs once;
     fewer where the deadline (of time.monotonic) comes first.
+    all_or_none: time nothing of a block in which a check failed.
     """
 
     target: Target
@@ -89,6 +93,7 @@ class Shape:
     small: Problem
     repeats: int
     deadline: float = float("inf")
+    all_or_none: bool = False
     dense: list[Examined] = field(init=False, default_factory=list)  # the same for every density
     expected: Expected = field(init=False)
 
@@ -107,6 +112,8 @@ class Shape:
         block = [replace(one, row=row) for one, row in zip(self.dense, labelled, strict=True)]
         for choice in choices:
             block += self.sparse(choice)
+        if self.all_or_none and any(one.row.failed for one in block):
+            return [one.row for one in block]
         self.time([one for one in block if one.call])
         for one in block:
             if one.row.is_ours and one.call and one.row.choice != ONE_TILE.name:
@@ -191,7 +198,7 @@ class Shape:
 def compare(row: Row, name: str, baseline: str, measured: Sequence[Mapping[str, Timing]]) -> None:
     """Fills in what the baseline's time makes of the row's."""
     if name == baseline:
-        row.note = "baseline"
+        row.note = BASELINE
         return
     ratios = [times[baseline].seconds / times[name].seconds for times in measured]
     row.ratio, row.ratio_min, row.ratio_max = statistics.median(ratios), min(ratios), max(ratios)

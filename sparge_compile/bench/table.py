@@ -61,6 +61,19 @@ GPU_COLUMNS = (
     NOTE,
 )
 
+COMMAND_COLUMNS = (
+    TOKENS,
+    Column("variant", lambda row: row.variant),
+    Column("tiles", lambda row: row.choice if row.is_ours or row.variant == "flex" else ""),
+    Column("computed", lambda row: number(row.density, ".0%")),
+    Column("rel. L1", lambda row: number(row.relative_l1, ".1e")),
+    Column("worst row", lambda row: number(row.worst_cosine, ".3f")),
+    Column("ms", lambda row: number(row.milliseconds, ".2f")),
+    Column("speed (min .. max)", speed),
+    NOTE,
+)
+"""Narrow enough for a terminal."""
+
 
 def table_head(columns: Sequence[Column]) -> str:
     return f"| {' | '.join(column.title for column in columns)} |\n|{'---|' * len(columns)}"
