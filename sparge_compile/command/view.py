@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparge_compile.command.bench import Result
+    from sparge_compile.command.findings import Diagnosis
 
 WIDTH = 100
+MARKS = {"ok": "  ", "note": "! ", "problem": "X "}
+STYLES = {"ok": "", "note": "yellow", "problem": "bold red"}
 
 
 def console(stderr: bool = False) -> Console:
@@ -66,3 +69,29 @@ def show_bench(result: Result) -> None:
         out.print(table)
     for line in result.words:
         out.print(Text(line))
+
+
+def show_diagnosis(diagnosis: Diagnosis, seconds: float) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console()
+    for section in diagnosis.sections:
+        if not section.findings:
+            continue
+        out.print(Text(section.title, style="bold"))
+        table = Table.grid(padding=(0, 1))
+        table.add_column(width=2)
+        table.add_column(width=22, overflow="fold")
+        table.add_column(overflow="fold")
+        for one in section.findings:
+            advice = f" -> {one.advice}" if one.advice and one.level == "note" else ""
+            style = STYLES[one.level]
+            table.add_row(Text(MARKS[one.level], style=style), Text(one.name), Text(one.value + advice, style=style))
+        out.print(table)
+    out.print()
+    for one in diagnosis.problems:
+        out.print(Text.assemble((f"{one.name}: {one.value}", "bold red"), f" -> {one.advice}"))
+    count = len(diagnosis.problems)
+    summary = "All is well" if not count else "1 problem" if count == 1 else f"{count} problems"
+    out.print(Text(f"{summary} ({seconds:.0f} s).", style="bold red" if count else "bold green"))
