@@ -3,6 +3,7 @@
 Importing this package is never needed for the backend string; it brings the rest of the public interface.
 """
 
+from sparge_compile import first_aid  # noqa: F401 - for the doctor, before anything that can fail
 from sparge_compile.attach import Attachment, attach
 from sparge_compile.calibrate import calibrate
 from sparge_compile.context import rewriting

@@ -78,8 +78,8 @@ def folders() -> Iterator[Finding]:
         yield problem("Inductor's cache", words, "set TORCHINDUCTOR_CACHE_DIR to a folder")
     else:
         yield folder("Inductor's cache", inductor, "TORCHINDUCTOR_CACHE_DIR", "problem")
-    if "triton" in sys.modules:
-        chosen = Path(str(sys.modules["triton"].knobs.cache.dir))
+    if (triton := sys.modules.get("triton")) is not None:
+        chosen = Path(str(triton.knobs.cache.dir))
         yield folder("Triton's cache", chosen, "TRITON_CACHE_DIR", "problem" if torch.cuda.is_available() else "note")
 
 

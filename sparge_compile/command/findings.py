@@ -34,10 +34,10 @@ def note(name: str, value: str, advice: str = "") -> Finding:
     return Finding(name, value, "note", advice)
 
 
-def from_reason(name: str, reason: str, level: Level = "problem") -> Finding:
-    """Of a reason whose first sentence says what is wrong and whose others say what to do."""
+def from_reason(name: str, reason: str, level: Level = "problem", otherwise: str = REPORT) -> Finding:
+    """Of a reason whose first sentence says what is wrong and whose others say what to do, else `otherwise`."""
     what, _, do = reason.partition(". ")
-    return Finding(name, what.rstrip("."), level, do or REPORT)
+    return Finding(name, what.rstrip("."), level, do or otherwise)
 
 
 def examine(title: str, look: Callable[[], Iterable[Finding]]) -> Section:
@@ -60,7 +60,9 @@ class Diagnosis:
 
     @property
     def problems(self) -> list[Finding]:
-        return [one for section in self.sections for one in section.findings if one.level == "problem"]
+        """Those of all sections; what several find, with the same words, once."""
+        found = [one for section in self.sections for one in section.findings if one.level == "problem"]
+        return list({one.value: one for one in reversed(found)}.values())[::-1]
 
     @property
     def code(self) -> int:

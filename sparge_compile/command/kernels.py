@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sparge_compile.command.findings import Finding, from_reason, note
+from sparge_compile.command.findings import REPORT, Finding, from_reason, note
 from sparge_compile.rules import break_even
 from sparge_kernels import cpu, ops
 
@@ -33,8 +33,12 @@ def look() -> Iterator[Finding]:
         if reason is None:
             yield Finding(str(device), _kernel(device))
         else:
-            found = from_reason(str(device), reason)
-            yield Finding(found.name, f"no kernel, attention stays dense: {found.value}", "problem", found.advice)
+            do = (
+                f"unset {cpu.KERNEL_VARIABLE}"
+                if cpu.KERNEL_VARIABLE in reason
+                else f"mend what it names; else {REPORT}"
+            )
+            yield from_reason(str(device), f"no kernel, attention stays dense: {reason}", otherwise=do)
         yield from minimum(device)
 
 
