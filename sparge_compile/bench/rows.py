@@ -85,7 +85,7 @@ class Shape:
 
     small: a problem of the same kind that the reference can afford. repeats: rounds in which each variant runs once;
     fewer where the deadline (of time.monotonic) comes first.
-    all_or_none: time nothing of a block in which a check failed.
+    ours_or_none: time nothing of a block in which a check of the project's kernel failed.
     """
 
     target: Target
@@ -93,7 +93,7 @@ class Shape:
     small: Problem
     repeats: int
     deadline: float = float("inf")
-    all_or_none: bool = False
+    ours_or_none: bool = False
     dense: list[Examined] = field(init=False, default_factory=list)  # the same for every density
     expected: Expected = field(init=False)
 
@@ -112,7 +112,7 @@ class Shape:
         block = [replace(one, row=row) for one, row in zip(self.dense, labelled, strict=True)]
         for choice in choices:
             block += self.sparse(choice)
-        if self.all_or_none and any(one.row.failed for one in block):
+        if self.ours_or_none and any(one.row.failed and one.row.is_ours for one in block):
             return [one.row for one in block]
         self.time([one for one in block if one.call])
         for one in block:

@@ -44,7 +44,7 @@ def judge(rows: Sequence[Row], choice: str, kept: str | None, only_size: bool) -
     """The verdict on one size from its rows: on our kernel with the `choice` of tiles; `kept`: see `Verdict`."""
     ours = next((row for row in rows if row.is_ours and row.choice == choice), None)
     tokens = rows[0].tokens
-    failed = next((row for row in rows if row.failed), None)
+    failed = next((row for row in rows if row.failed and row.is_ours), None)
     if failed is not None:
         words = f"Accuracy gate failed at {tokens} tokens ({failed.variant}): {failed.note.removeprefix('failed: ')}."
         return Verdict(tokens, "gate failed", f"{words} Nothing was timed.", left_dense=kept)

@@ -54,13 +54,16 @@ class Result:
         }
 
 
-def choose_peers(parser: argparse.ArgumentParser, target: Target, asked: Sequence[str] | None) -> dict[str, Peer]:
+def choose_peers(
+    parser: argparse.ArgumentParser, target: Target, asked: Sequence[str] | None, max_error: float
+) -> dict[str, Peer]:
     """Ours, the dense ones and those asked for. On a CPU nobody asks for flex: it compiles 10 s a shape."""
     allowed = optional_peers(target.peers)
     if unknown := set(asked or ()) - set(allowed):
         parser.error(f"--peers {' '.join(sorted(unknown))}: no such peer; allowed: {', '.join(allowed)}.")
     wanted = {OURS, DENSE, *((allowed if target.device.type == "cuda" else ()) if asked is None else asked)}
-    return {name: peer for name, peer in target.peers.items() if name.split()[0] in wanted}
+    peers = {name: peer for name, peer in target.peers.items() if name.split()[0] in wanted}
+    return {**peers, OURS: replace(peers[OURS], exact_limit=max_error)}
 
 
 def with_dense_types(peers: dict[str, Peer], dtype: torch.dtype) -> dict[str, Peer]:
@@ -108,7 +111,7 @@ def measure_size(
             problem.part(SMALL_TOKENS, SMALL_HEADS),
             args.repeats,
             deadline,
-            all_or_none=True,
+            ours_or_none=True,
         )
         rows = shape.measure([choice, *(share(density) for density in args.density)])
     except Exception as error:  # whatever a device may raise
@@ -134,7 +137,9 @@ def measure(
         target = find(args.device, targets)
     except ValueError as error:
         parser.error(str(error))
-    target = replace(target, peers=choose_peers(parser, target, args.peers), extra_bytes=lambda *_: None)
+    target = replace(
+        target, peers=choose_peers(parser, target, args.peers, args.max_error), extra_bytes=lambda *_: None
+    )
     torch.set_num_threads(args.threads)
     busy = machine.busy()
     makers = problems(args, target.device)
