@@ -64,3 +64,10 @@ def test_the_budget_gives_what_is_left_by_work():
     assert budget.deadline(2) == pytest.approx(160)
     now[0] = 160
     assert budget.deadline(2) is None
+
+
+def test_the_quartiles_are_those_of_the_rounds():
+    from sparge_compile.bench.rows import quartiles
+
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 100.0]) == (2.0, 4.0)
+    assert quartiles([3.0]) == (3.0, 3.0)

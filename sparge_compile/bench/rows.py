@@ -27,11 +27,12 @@ class Row:
     """One variant on one problem. None: does not apply, or may not be believed; `note` says why.
 
     tokens: queries; k_len: keys. choice: the `Choice` of tiles, by name; density_asked: the density it asks for.
-    ratio, ratio_min, ratio_max: baseline time / time, paired by round. issue_milliseconds: what the host takes to issue
-    the call. extra_memory_percent: peak memory of a call beyond inputs and output, of what Q, K and V take.
-    product_operations: of one of the two products over the computed tiles. roofline_share: of the time, what the
-    machine's ceilings would take. stages: milliseconds of parts of the call. prepare_percent: stage 1 and quantization,
-    of the baseline's time; prepare_copy_share: what copying their inputs and outputs would take, of their time.
+    ratio, ratio_min, ratio_max: baseline time / time, paired by round; ratio_low, ratio_high: quartiles of it.
+    issue_milliseconds: what the host takes to issue the call. extra_memory_percent: peak memory of a call beyond inputs
+    and output, of what Q, K and V take. product_operations: of one of the two products over the computed tiles.
+    roofline_share: of the time, what the machine's ceilings would take. stages: milliseconds of parts of the call.
+    prepare_percent: stage 1 and quantization, of the baseline's time; prepare_copy_share: what copying their inputs and
+    outputs would take, of their time.
     """
 
     tokens: int
@@ -50,6 +51,8 @@ class Row:
     ratio: float | None = None
     ratio_min: float | None = None
     ratio_max: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
     gflops: float | None = None
     product_operations: float | None = None
     roofline_share: float | None = None
@@ -202,10 +205,19 @@ def compare(row: Row, name: str, baseline: str, measured: Sequence[Mapping[str, 
         return
     ratios = [times[baseline].seconds / times[name].seconds for times in measured]
     row.ratio, row.ratio_min, row.ratio_max = statistics.median(ratios), min(ratios), max(ratios)
+    row.ratio_low, row.ratio_high = quartiles(ratios)
     if "prepare" in row.stages:
         dense = statistics.median(times[baseline].seconds for times in measured)
         row.prepare_percent = 100 * row.stages["prepare"] / (dense * 1e3)
     row.note = ", ".join(filter(None, (row.note, verdict(row))))
+
+
+def quartiles(numbers: Sequence[float]) -> tuple[float, float]:
+    """The first and the third."""
+    if len(numbers) == 1:
+        return numbers[0], numbers[0]
+    first, _, third = statistics.quantiles(numbers, n=4, method="inclusive")
+    return first, third
 
 
 def verdict(row: Row) -> str:

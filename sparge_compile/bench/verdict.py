@@ -52,20 +52,16 @@ def judge(rows: Sequence[Row], choice: str, kept: str | None, only_size: bool) -
     if ours is None or ours.ratio is None or baseline is None:
         why = "no dense peer could be timed" if ours is None or not ours.note else ours.note
         return Verdict(tokens, "not measured", f"Not measured at {tokens} tokens: {why}.", left_dense=kept)
-    outcome: Outcome = "no gain" if ours.ratio <= 1 else "gain" if _lowest(ours) > 1 else "unclear"
+    assert ours.ratio_low is not None and ours.ratio_high is not None
+    outcome: Outcome = "gain" if ours.ratio_low > 1 else "no gain" if ours.ratio_high <= 1 else "unclear"
     words = _sentence(outcome, ours, baseline, "this size" if only_size else f"{tokens} tokens")
     return Verdict(tokens, outcome, f"{words} {_by_default(outcome, kept)}".strip(), ours.ratio, kept)
-
-
-def _lowest(row: Row) -> float:
-    assert row.ratio_min is not None
-    return row.ratio_min
 
 
 def _sentence(outcome: Outcome, ours: Row, baseline: Row, size: str) -> str:
     assert ours.relative_l1 is not None and ours.worst_cosine is not None and ours.density is not None
     speed = f"{ours.ratio:.2g} times as fast as the fastest dense peer ({baseline.variant})"
-    spread = f"{ours.ratio_min:.2g} to {ours.ratio_max:.2g} over {ours.rounds} rounds"
+    spread = f"{ours.ratio_low:.2g} to {ours.ratio_high:.2g} in the middle half of {ours.rounds} rounds"
     thresholds = "default thresholds" if ours.choice == "default" else ours.choice
     computed = (
         f"{thresholds}, {ours.density:.0%} of the tiles computed, relative L1 {ours.relative_l1:.2g}, worst row's "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparge_compile.bench import machine, verdict
-from sparge_compile.bench.budget import Budget
+from sparge_compile.bench.budget import SETTING_UP, Budget
 from sparge_compile.bench.inputs import InputsError, load_problem
 from sparge_compile.bench.peers import DENSE, OURS, Peer, dense, optional_peers
 from sparge_compile.bench.problem import DTYPES, Choice, Problem, dense_flops, of_policy, share, smooth_problem
@@ -24,6 +24,7 @@ from sparge_compile.bench.verdict import Verdict
 from sparge_compile.command.bench_options import complete
 from sparge_compile.policy import Policy
 
+SETTING_UP_ON_CPU = 5e10  # as SETTING_UP
 SMALL_TOKENS, SMALL_HEADS = 1024, 2  # what the reference computes in half a second
 SMOOTH = (
     "Measured on a synthetic smooth field. How many tiles may be skipped depends on the numbers: "
@@ -144,7 +145,8 @@ def measure(
     busy = machine.busy()
     makers = problems(args, target.device)
     work = [dense_flops(tokens, args.heads, args.head_dim, args.causal) for tokens in args.tokens or []] or [1.0]
-    budget = Budget(args.budget_seconds, work)
+    setting_up = SETTING_UP if target.device.type == "cuda" else SETTING_UP_ON_CPU
+    budget = Budget(args.budget_seconds, work, setting_up=setting_up)
     result = Result(target.facts(args.threads), _settings(args), [], [], [], 0)
     for at, make in enumerate(makers):
         announce(f"size {at + 1} of {len(makers)}: checking, then timing")
