@@ -121,7 +121,7 @@ def cpu_kernel(name: str) -> Iterator[None]:
 def look() -> Iterator[Finding]:
     with torch.no_grad():
         yield check("reference", by_reference, CPU, CASES)
-        for name in ("native", "blocked"):
+        for name in tested_kernels():
             with cpu_kernel(name):
                 reason = cpu.unavailable(has_mask=False)
                 if reason is not None:
@@ -134,6 +134,12 @@ def look() -> Iterator[Finding]:
             if device.type != "cpu":
                 yield check("Triton", by_operator, device, CASES)
             yield compiled(device)
+
+
+def tested_kernels() -> list[str]:
+    """Of the CPU; the interpreter, which is slow, only where it is chosen."""
+    chosen = os.environ.get(cpu.KERNEL_VARIABLE) == "interpreted"
+    return [name for name in cpu.KERNELS if name != "interpreted" or chosen]
 
 
 def check(name: str, kernel: Kernel, device: torch.device, cases: tuple[Case, ...] | list[Case]) -> Finding:
@@ -199,8 +205,12 @@ def speed() -> Iterator[Finding]:
     """One line for each device that has a kernel: a smooth field at the default thresholds, beside dense attention."""
     with torch.no_grad():
         for device in devices():
-            if reason_against(device) is None:
-                yield speed_of(device)
+            if reason_against(device) is not None:
+                continue
+            if device.type == "cpu" and (slow := cpu.chosen_kernel()) != "native":
+                yield Finding(f"speed on {device}", f"not measured: the {slow} kernel is not for speed")
+                continue
+            yield speed_of(device)
 
 
 def speed_of(device: torch.device) -> Finding:

@@ -192,3 +192,12 @@ def test_folders_that_cannot_be_used_are_problems(monkeypatch, tmp_path):
 
     monkeypatch.setattr(building.tempfile, "TemporaryFile", read_only)
     assert "Read-only file system" in building.folder("x", tmp_path, "X", "note").value
+
+
+def test_only_the_native_kernel_is_timed_and_the_interpreter_tested_where_it_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert self_test.tested_kernels() == ["native", "blocked"]
+    monkeypatch.setenv("SPARGE_CPU_KERNEL", "blocked")
+    assert only(self_test.speed()).value == "not measured: the blocked kernel is not for speed"
+    monkeypatch.setenv("SPARGE_CPU_KERNEL", "interpreted")
+    assert self_test.tested_kernels() == ["native", "blocked", "interpreted"]
