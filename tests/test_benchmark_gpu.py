@@ -202,6 +202,8 @@ def test_the_gate_knows_a_wrong_choice_of_tiles():
     from sparge_compile.bench.accuracy import Check, failure
     from sparge_compile.bench.exact import every_row
     from sparge_compile.bench.peers import CPU_PEERS
+    from sparge_compile.bench.problem import of_policy
+    from sparge_compile.policy import Policy
 
     problem = small(tokens=256)
     expected = every_row(problem)
@@ -209,6 +211,10 @@ def test_the_gate_knows_a_wrong_choice_of_tiles():
     peer = replace(CPU_PEERS["sparge"], reference_limit=None)
     assert failure(peer, expected.dense, check) is None
     assert "chosen unlike the specification" in failure(peer, expected.dense, replace(check, selection=0.1))
+    by_mass = replace(problem, choice=of_policy("default", Policy(), False, max_error=0.05))
+    assert failure(peer, expected.dense, replace(check, problem=by_mass, selection=0.1)) is None
+    off = replace(check, problem=by_mass, kept=None)
+    assert "allowed is 0.05" in failure(peer, expected.dense * 1.1, off)
     assert "over the same tiles" in failure(peer, expected.dense, replace(check, kept=expected.dense * 1.1))
 
 
