@@ -25,7 +25,7 @@ from sparge_compile.command.bench_options import complete
 from sparge_compile.policy import Policy
 
 SETTING_UP_ON_CPU = 5e10  # as SETTING_UP
-SMALL_TOKENS, SMALL_HEADS = 1024, 2  # what the reference computes in half a second
+SMALL_TOKENS, SMALL_HEADS = 512, 2  # what the reference computes in a fraction of a second
 SMOOTH = (
     "Measured on a synthetic smooth field. How many tiles may be skipped depends on the numbers: "
     "--inputs FILE measures your own q, k and v."
@@ -78,14 +78,17 @@ def with_dense_types(peers: dict[str, Peer], dtype: torch.dtype) -> dict[str, Pe
     return {**{name: peer for name, peer in added.items() if name not in peers}, **peers}
 
 
-def problems(args: argparse.Namespace, device: torch.device) -> list[Callable[[], Problem]]:
-    """Makers of the problems, one for each size: only one is in memory at a time."""
+Maker = Callable[[], Problem]
+
+
+def problems(args: argparse.Namespace, device: torch.device) -> list[tuple[int, Maker]]:
+    """(tokens, what makes the problem) for each size, so that only one is in memory; 0 tokens: the file knows."""
     common: dict[str, Any] = {"is_causal": args.causal, "precision": args.precision, "device": device}
     common["dtype"] = None if args.dtype is None else DTYPES[args.dtype]
     if args.inputs is not None:
-        return [functools.partial(load_problem, args.inputs, **common)]
+        return [(0, functools.partial(load_problem, args.inputs, **common))]
     common.update(heads=args.heads, head_dim=args.head_dim, kv_heads=args.kv_heads, batch=args.batch)
-    return [functools.partial(smooth_problem, tokens, **common) for tokens in args.tokens]
+    return [(tokens, functools.partial(smooth_problem, tokens, **common)) for tokens in args.tokens]
 
 
 def main_choice(args: argparse.Namespace) -> Choice:
@@ -95,17 +98,20 @@ def main_choice(args: argparse.Namespace) -> Choice:
 
 
 def measure_size(
-    args: argparse.Namespace, target: Target, problem: Problem, deadline: float | None, only_size: bool
+    args: argparse.Namespace, target: Target, size: tuple[int, Maker], deadline: float | None, only_size: bool
 ) -> tuple[list[Row], Verdict]:
-    """The rows of one size and what they mean. What goes wrong is in the rows."""
-    choice = main_choice(args)
-    kept = verdict.left_dense(problem)
-    q_len, head_dim = problem.q.shape[2:]
-    missing = Row(q_len, head_dim, args.causal, None, f"{OURS} {args.precision}", choice.name, problem.k.shape[2])
-    if deadline is None:
-        missing.note = "nothing is left of --budget-seconds"
-        return [missing], verdict.judge([missing], choice.name, kept, only_size)
+    """The rows of one size and what they mean. What goes wrong is in the rows.
+
+    Raises:
+        InputsError: the user's file is no problem.
+    """
+    (tokens, make), choice = size, main_choice(args)
+    kept, problem = None, None
     try:
+        if deadline is None:
+            raise TimeoutError("nothing is left of --budget-seconds")
+        problem = make()
+        kept = verdict.left_dense(problem)
         shape = Shape(
             replace(target, peers=with_dense_types(dict(target.peers), problem.dtype)),
             problem,
@@ -115,11 +121,19 @@ def measure_size(
             ours_or_none=True,
         )
         rows = shape.measure([choice, *(share(density) for density in args.density)])
+    except InputsError:
+        raise
     except Exception as error:  # whatever a device may raise
-        missing.note = in_words(error)
-        missing.failed = not isinstance(error, torch.OutOfMemoryError)
-        rows = [missing]
+        rows = [without_times(args, tokens, problem, error)]
     return rows, verdict.judge(rows, choice.name, kept, only_size)
+
+
+def without_times(args: argparse.Namespace, tokens: int, problem: Problem | None, error: Exception) -> Row:
+    """The row of a size at which something raised: want of memory or of time is no failure of the kernel."""
+    tokens = problem.q.shape[2] if problem else tokens
+    row = Row(tokens, args.head_dim or 0, args.causal, None, f"{OURS} {args.precision}", main_choice(args).name)
+    scarce = isinstance(error, (TimeoutError, torch.OutOfMemoryError)) or problem is None
+    return replace(row, note=str(error) if isinstance(error, TimeoutError) else in_words(error), failed=not scarce)
 
 
 def measure(
@@ -143,21 +157,19 @@ def measure(
     )
     torch.set_num_threads(args.threads)
     busy = machine.busy()
-    makers = problems(args, target.device)
+    sizes = problems(args, target.device)[::-1]  # from the longest, which says most
     work = [dense_flops(tokens, args.heads, args.head_dim, args.causal) for tokens in args.tokens or []] or [1.0]
     setting_up = SETTING_UP if target.device.type == "cuda" else SETTING_UP_ON_CPU
-    budget = Budget(args.budget_seconds, work, setting_up=setting_up)
+    budget = Budget(args.budget_seconds, work[::-1], setting_up=setting_up)
     result = Result(target.facts(args.threads), _settings(args), [], [], [], 0)
-    for at, make in enumerate(makers):
-        announce(f"size {at + 1} of {len(makers)}: checking, then timing")
+    for at, size in enumerate(sizes):
+        announce(f"size {at + 1} of {len(sizes)}: checking, then timing")
         try:
-            problem = make()
+            rows, one = measure_size(args, target, size, budget.deadline(at), len(sizes) == 1)
         except InputsError as error:
             parser.error(str(error))
-        rows, one = measure_size(args, target, problem, budget.deadline(at), len(makers) == 1)
-        result.rows += rows
-        result.verdicts.append(one)
-        del problem
+        result.rows[:0] = rows
+        result.verdicts.insert(0, one)
         gc.collect()
     result.words = conclude(args, result.verdicts, target.device, busy)
     result.code = int(any(one.outcome == "gate failed" for one in result.verdicts))

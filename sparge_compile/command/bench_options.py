@@ -86,6 +86,7 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, value in {**DEFAULTS[args.device], "batch": 1}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.tokens = sorted(set(args.tokens))
     args.kv_heads = args.kv_heads or args.heads
     if args.heads % args.kv_heads:
         parser.error(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}.")

@@ -117,6 +117,21 @@ def test_grouped_heads_batches_causal_and_odd_lengths(capsys):
     assert (ours["tokens"], ours["is_causal"], ours["ratio"]) == (300, True, 2.0) and ours["relative_l1"] < 0.02
 
 
+def test_a_size_that_memory_cannot_hold_is_said_and_the_others_measured(capsys, monkeypatch):
+    made = bench.smooth_problem
+
+    def too_large(tokens, **options):
+        if tokens > 256:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return made(tokens, **options)
+
+    monkeypatch.setattr(bench, "smooth_problem", too_large)
+    assert run(*SMALL, "--tokens", "512", "256", "--json") == 0
+    found = content(capsys)
+    assert [(one["tokens"], one["outcome"]) for one in found["verdicts"]] == [(256, "gain"), (512, "not measured")]
+    assert "can't allocate memory" in found["words"][1]
+
+
 def test_nothing_left_of_the_budget_is_said(capsys):
     assert run(*SMALL, "--budget-seconds", "1e-9", "--json") == 0
     assert "nothing is left of --budget-seconds" in content(capsys)["words"][0]
