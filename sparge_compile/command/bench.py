@@ -109,7 +109,7 @@ def measure_size(
     kept, problem = None, None
     try:
         if deadline is None:
-            raise TimeoutError("nothing is left of --budget-seconds")
+            raise TimeoutError("no time left, raise --budget-seconds")
         problem = make()
         kept = verdict.left_dense(problem)
         shape = Shape(

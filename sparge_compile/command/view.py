@@ -62,7 +62,7 @@ def show_bench(result: Result) -> None:
         numbers = {"tokens", "computed", "rel. L1", "worst row", "ms"}
         for column in COMMAND_COLUMNS:
             justify: Any = "right" if column.title in numbers else "left"
-            table.add_column(column.title, justify=justify, no_wrap=column.title != "note")
+            table.add_column(column.title, justify=justify, no_wrap=column.title != "note", overflow="fold")
         for row in result.rows:
             style = "bold" if row.is_ours else None
             table.add_row(*(Text(column.cell(row)) for column in COMMAND_COLUMNS), style=style)

@@ -134,7 +134,7 @@ def test_a_size_that_memory_cannot_hold_is_said_and_the_others_measured(capsys, 
 
 def test_nothing_left_of_the_budget_is_said(capsys):
     assert run(*SMALL, "--budget-seconds", "1e-9", "--json") == 0
-    assert "nothing is left of --budget-seconds" in content(capsys)["words"][0]
+    assert "no time left, raise --budget-seconds" in content(capsys)["words"][0]
 
 
 def test_a_plot_and_a_file(capsys, tmp_path):
