@@ -28,7 +28,12 @@ SHAPE = ("tokens", "heads", "kv_heads", "head_dim", "batch")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=list(TARGETS), default=None, help="default: cuda if there is one, else cpu")
-    parser.add_argument("--tokens", type=_positive, nargs="+", help="queries and keys; several find the break-even")
+    parser.add_argument(
+        "--tokens",
+        type=_positive,
+        nargs="+",
+        help="several find the break-even; default: 1024 to 8192, on a GPU 4096 to 32768",
+    )
     parser.add_argument("--heads", type=_positive)
     parser.add_argument("--kv-heads", type=_positive, help="key and value heads; default: --heads")
     parser.add_argument("--head-dim", type=_positive)
@@ -77,6 +82,9 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed: pip install 'sparge-compile[plot]'")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path and not Path(path).resolve().parent.is_dir():
+            parser.error(f"{option} {path}: its folder is not there; make it first.")
     if args.inputs is not None:
         given = [f"--{name.replace('_', '-')}" for name in SHAPE if getattr(args, name) is not None]
         if given:

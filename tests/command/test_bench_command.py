@@ -165,8 +165,9 @@ def test_a_kernel_that_cannot_run_is_status_1_and_points_to_the_doctor(capsys, m
         (("--device", "cuda"), "finds no GPU here"),
         (("--inputs", "q.pt", "--heads", "2"), "leave out --heads"),
         (("--inputs", "nowhere.pt"), "nowhere.pt is no file"),
+        (("--json", "nowhere/a.json"), "--json nowhere/a.json: its folder is not there"),
     ],
-    ids=["groups", "head dim", "tokens", "topk", "peer", "GPU", "shape of a file", "file"],
+    ids=["groups", "head dim", "tokens", "topk", "peer", "GPU", "shape of a file", "file", "folder"],
 )
 def test_what_cannot_be_served_is_status_2(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
