@@ -19,23 +19,35 @@ import math
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import cpu_target
-import gpu_target
 import options
-import plot
+import roofline
 import torch
-from budget import Budget
-from peers import OURS
-from problem import dense_flops, smooth_problem
-from rows import Row, Shape, in_words
-from table import table_head, table_line
-from target import Target
 
-TARGETS: dict[str, Callable[[], Target]] = {"cpu": cpu_target.target, "cuda": gpu_target.target}
+from sparge_compile.bench import cpu_target, gpu_target, plot
+from sparge_compile.bench.budget import Budget
+from sparge_compile.bench.peers import OURS
+from sparge_compile.bench.problem import DTYPES, ONE_TILE, dense_flops, share, smooth_problem
+from sparge_compile.bench.rows import Row, Shape, in_words
+from sparge_compile.bench.table import table_head, table_line
+from sparge_compile.bench.target import Target
+from sparge_compile.bench.targets import Targets
+
+
+def cpu() -> Target:
+    return replace(cpu_target.target(), closing=rooflines)
+
+
+def rooflines(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[str], dict[str, Any]]:
+    if not args.roofline:
+        return [], {}
+    return roofline.report(rows, head_dims=args.head_dim, precision=args.precision, threads=args.threads)
+
+
+TARGETS: Targets = {"cpu": cpu, "cuda": gpu_target.target}
 SMALL_TOKENS, SMALL_HEADS = 2048, 2  # what the reference computes in a second or two
 
 
@@ -55,29 +67,34 @@ def measure(args: argparse.Namespace, target: Target, size: Size, deadline: floa
         if deadline is None:
             raise TimeoutError("nothing is left of --budget-seconds")
         shape = make_shape(args, target, size, deadline)
-        for densities in [args.densities] if target.one_block else [[one] for one in (*args.densities, None)]:
-            yield shape.measure(densities)
+        choices = [share(density) for density in args.densities]
+        for block in [choices] if target.one_block else [[one] for one in (*choices, ONE_TILE)]:
+            yield shape.measure(block)
     except Exception as error:  # whatever a device may raise; the other sizes are measured all the same
         skipped = isinstance(error, (TimeoutError, torch.OutOfMemoryError))
         if not skipped:
             traceback.print_exc()
         row = Row(size.tokens, size.head_dim, size.is_causal, args.densities[0], f"{OURS} {args.precision}")
-        yield [replace(row, note=f"not measured ({in_words(error)})", failed=not skipped)]
+        yield [
+            replace(row, choice=f"{args.densities[0]:g}", note=f"not measured ({in_words(error)})", failed=not skipped)
+        ]
 
 
 def make_shape(args: argparse.Namespace, target: Target, size: Size, deadline: float) -> Shape:
-    common: dict[str, Any] = {
-        "head_dim": size.head_dim,
-        "is_causal": size.is_causal,
-        "precision": args.precision,
-        "dtype": options.DTYPES[args.dtype],
-        "device": target.device,
-    }
+    problem = smooth_problem(
+        size.tokens,
+        args.heads,
+        size.head_dim,
+        is_causal=size.is_causal,
+        precision=args.precision,
+        dtype=DTYPES[args.dtype],
+        device=target.device,
+    )
     chosen = {name: peer for name, peer in target.peers.items() if name.split()[0] in (OURS, *args.peers)}
     return Shape(
         target=replace(target, peers=chosen),
-        problem=smooth_problem(size.tokens, args.heads, **common),
-        small=smooth_problem(min(size.tokens, SMALL_TOKENS), min(args.heads, SMALL_HEADS), **common),
+        problem=problem,
+        small=problem.part(SMALL_TOKENS, SMALL_HEADS),
         repeats=args.repeats,
         deadline=deadline,
     )
@@ -108,7 +125,7 @@ def run(args: argparse.Namespace, target: Target, argv: Sequence[str]) -> list[R
     print(f"`{shlex.join(['python', 'benchmarks/attention.py', *argv])}`\n")
     roofline: dict[str, Any] = {}
     if target.ceilings is not None:
-        ceilings = target.ceilings(options.DTYPES[args.dtype])
+        ceilings = target.ceilings(DTYPES[args.dtype])
         target = replace(target, judge=ceilings.judge)
         roofline = asdict(ceilings)
         print(f"{ceilings.words()}\n")
@@ -135,7 +152,7 @@ def run(args: argparse.Namespace, target: Target, argv: Sequence[str]) -> list[R
     return rows
 
 
-def main(argv: Sequence[str] | None = None, targets: Mapping[str, Callable[[], Target]] = TARGETS) -> None:
+def main(argv: Sequence[str] | None = None, targets: Targets = TARGETS) -> None:
     args, target = options.parse(argv, targets, __doc__)
     torch.set_num_threads(args.threads)
     with torch.no_grad():

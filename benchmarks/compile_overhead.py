@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import machine
 import torch
 from torch import Tensor, nn
 
 import sparge_compile as sparge
 from sparge_compile import backend as sparge_backend
 from sparge_compile import dynamo
+from sparge_compile.bench import machine
 
 TOKENS = 256
 

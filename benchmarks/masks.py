@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import machine
 import torch
 import torch.nn.functional as F
-from timing import rounds, wall_clock
 from torch import Tensor
+
+from sparge_compile.bench import machine
+from sparge_compile.bench.timing import rounds, wall_clock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peers import DENSE, optional_peers
-from problem import ROW
-from target import Target
 
-from sparge_kernels import ops
+from sparge_compile.bench.peers import DENSE, optional_peers
+from sparge_compile.bench.problem import DTYPES, ROW
+from sparge_compile.bench.target import Target
+from sparge_compile.bench.targets import KernelUnavailable, Targets, find
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CAUSAL = {"no": (False,), "yes": (True,), "both": (False, True)}
 
 
-def parse(
-    argv: Sequence[str] | None, targets: Mapping[str, Callable[[], Target]], description: str | None
-) -> tuple[argparse.Namespace, Target]:
+def parse(argv: Sequence[str] | None, targets: Targets, description: str | None) -> tuple[argparse.Namespace, Target]:
     """The options and the device they name. Exits with a message on arguments that make no benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help=f"one of {', '.join(targets)}")
@@ -39,25 +36,15 @@ def parse(
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the speeds (needs matplotlib)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
-    target = find_target(parser, args.device, targets)
+    try:
+        target = find(args.device, targets)
+    except (ValueError, KernelUnavailable) as error:
+        parser.error(str(error))
     for option, value in target.defaults.items():
         if getattr(args, option) is None:
             setattr(args, option, value)
     check(parser, args, target)
     return args, target
-
-
-def find_target(parser: argparse.ArgumentParser, device: str, targets: Mapping[str, Callable[[], Target]]) -> Target:
-    if device not in targets:
-        parser.error(f"--device {device}: nothing is registered for it; there is {', '.join(targets)}.")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            f"--device cuda: torch {torch.__version__} finds no GPU here (torch.cuda.is_available() is False)."
-        )
-    target = targets[device]()
-    if reason := ops.unavailable(target.device):
-        parser.error(f"the kernel cannot run: {reason}")
-    return target
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, target: Target) -> None:

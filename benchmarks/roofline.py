@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Row
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from sparge_compile.bench.rows import Row
 from sparge_kernels.thresholds import K_TILE, Q_TILE
 
 CALLS = 100_000

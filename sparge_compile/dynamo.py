@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -417,6 +418,13 @@ def unwrapped_backend_errors() -> Iterator[None]:
         yield
     except BackendCompilerFailed as failed:
         raise failed.inner_exception from None
+
+
+def inductor_cache_folder() -> str:
+    """Where Inductor keeps what it compiles; it need not exist."""
+    from torch._inductor.runtime import cache_dir_utils
+
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache_dir_utils.default_cache_dir()
 
 
 _KERNEL_ORDER = torch._C._get_sdp_priority_order()

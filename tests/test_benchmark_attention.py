@@ -66,13 +66,12 @@ def test_an_argument_it_cannot_serve_is_named(arguments, message):
 
 @pytest.mark.parametrize("wrong", ["scaled", "nan"])
 @pytest.mark.parametrize("density", [1.0, 0.25])
-def test_a_wrong_output_gets_a_reason_and_no_time(monkeypatch, wrong, density):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from cpu_target import target
-    from peers import CPU_PEERS, Peer, sparge
-    from problem import smooth_problem
-    from rows import Shape
-    from table import CPU_COLUMNS, table_line
+def test_a_wrong_output_gets_a_reason_and_no_time(wrong, density):
+    from sparge_compile.bench.cpu_target import target
+    from sparge_compile.bench.peers import CPU_PEERS, Peer, sparge
+    from sparge_compile.bench.problem import share, smooth_problem
+    from sparge_compile.bench.rows import Shape
+    from sparge_compile.bench.table import CPU_COLUMNS, table_line
 
     factor = 1.05 if wrong == "scaled" else float("nan")
     peers = {
@@ -81,21 +80,20 @@ def test_a_wrong_output_gets_a_reason_and_no_time(monkeypatch, wrong, density):
     }
     problem = smooth_problem(256, 1, 32, is_causal=False, precision="int8", dtype=torch.float32)
     shape = Shape(replace(target(), peers=peers), problem, small=problem, repeats=1)
-    rows = shape.measure([density])
+    rows = shape.measure([share(density)])
     assert rows[0].milliseconds and not rows[0].failed
     assert rows[1].failed and rows[1].milliseconds is None and rows[1].extra_memory_percent is None
     assert "| - | - | - | - | failed: " in table_line(CPU_COLUMNS, rows[1])
 
 
-def test_flex_gets_the_tiles_that_the_kernel_keeps(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from block_mask import block_mask
-    from peers import predicted_tiles, sparge_density
-    from problem import smooth_problem
+def test_flex_gets_the_tiles_that_the_kernel_keeps():
+    from sparge_compile.bench.block_mask import block_mask
+    from sparge_compile.bench.peers import predicted_tiles, sparge_density
+    from sparge_compile.bench.problem import share, smooth_problem
 
     for is_causal in (False, True):
         problem = smooth_problem(512, 2, 32, is_causal=is_causal, precision="int8", dtype=torch.float32)
-        problem = replace(problem, topk=0.25)
-        mask = block_mask(predicted_tiles(problem), 512, is_causal)
+        problem = replace(problem, choice=share(0.25))
+        mask = block_mask(predicted_tiles(problem), 512, 512, is_causal)
         kept = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
         assert kept == round(sparge_density(problem) * problem.visible_tiles())

@@ -30,9 +30,9 @@ def interpreter(monkeypatch):
     if not triton.knobs.runtime.interpret:
         pytest.skip("Triton's interpreter is off")
     monkeypatch.setenv("SPARGE_CPU_KERNEL", "interpreted")
-    from gpu_roofline import measure
-    from gpu_target import target
-    from timing import wall_clock
+    from sparge_compile.bench.gpu_roofline import measure
+    from sparge_compile.bench.gpu_target import target
+    from sparge_compile.bench.timing import wall_clock
 
     def make():
         made = target(torch.device("cpu"), wall_clock)
@@ -51,7 +51,7 @@ def interpreter(monkeypatch):
 
 
 def small(**changes):
-    from problem import smooth_problem
+    from sparge_compile.bench.problem import smooth_problem
 
     options = {"is_causal": False, "precision": "int8", "dtype": torch.float32, **changes}
     return smooth_problem(options.pop("tokens", 512), 2, 32, **options)
@@ -85,7 +85,8 @@ def test_the_whole_path_in_the_interpreter(interpreter, monkeypatch, capsys, tmp
 
 def test_a_kernel_that_is_wrong_or_dies_gets_its_row_and_the_exit_status(interpreter, capsys):
     import attention
-    from peers import OURS, Peer
+
+    from sparge_compile.bench.peers import OURS, Peer
 
     def wrong():
         made = interpreter()
@@ -139,7 +140,8 @@ def test_what_cannot_be_served_is_refused_before_anything_is_measured(monkeypatc
 @pytest.mark.parametrize("problem", ["memory", "time", "bug"])
 def test_a_shape_that_cannot_be_measured_says_why(monkeypatch, problem):
     import attention
-    import cpu_target
+
+    from sparge_compile.bench import cpu_target
 
     def fails(*_, **__):
         raise torch.OutOfMemoryError("out of memory") if problem == "memory" else ValueError("no such thing")
@@ -157,10 +159,11 @@ def test_a_shape_that_cannot_be_measured_says_why(monkeypatch, problem):
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_a_selection_becomes_the_same_map_and_block_mask(is_causal):
-    from block_mask import block_mask, kept_tiles
-    from peers import predicted_tiles
+    from sparge_compile.bench.block_mask import block_mask, kept_tiles
+    from sparge_compile.bench.peers import predicted_tiles
+    from sparge_compile.bench.problem import share
 
-    kept = predicted_tiles(replace(small(is_causal=is_causal), topk=0.3))
+    kept = predicted_tiles(replace(small(is_causal=is_causal), choice=share(0.3)))
     # As lists: a part ascending, the rest ascending, then nothing that means anything.
     first = kept & (torch.arange(kept.shape[-1]) % 3 == 0)
     tiles = torch.full(kept.shape, 2**31 - 1, dtype=torch.int32)
@@ -170,15 +173,15 @@ def test_a_selection_becomes_the_same_map_and_block_mask(is_causal):
         tiles[tuple(row)][: len(both)] = both
     assert torch.equal(kept_tiles(tiles, counts), kept)
 
-    mask = block_mask(kept, 512, is_causal)
+    mask = block_mask(kept, 512, 512, is_causal)
     assert int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) == int(kept.sum())
     assert torch.equal(mask.to_dense().bool(), kept)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_exact_rows_are_those_of_dense_attention(is_causal):
-    from exact import ROWS, attention_rows, some_rows
-
+    from sparge_compile.bench.exact import ROWS, attention_rows, some_rows
+    from sparge_compile.bench.problem import share
     from sparge_kernels import reference
 
     problem = small(is_causal=is_causal)
@@ -187,18 +190,20 @@ def test_exact_rows_are_those_of_dense_attention(is_causal):
     assert expected.dense.shape == (1, 2, ROWS, 32)
     torch.testing.assert_close(expected.of(dense).double(), expected.dense, rtol=1e-4, atol=1e-4)
 
-    problem = replace(problem, topk=0.3)
+    problem = replace(problem, choice=share(0.3))
     sparse = reference.attention(
-        *problem.inputs, thresholds=[problem.thresholds], is_causal=is_causal, precision="none"
+        *problem.inputs, thresholds=[problem.choice.thresholds], is_causal=is_causal, precision="none"
     )
     found = attention_rows(problem, expected.rows, sparse.kept)
     torch.testing.assert_close(expected.of(sparse.output).double(), found, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gate_knows_a_wrong_choice_of_tiles():
-    from accuracy import Check, failure
-    from exact import every_row
-    from peers import CPU_PEERS
+    from sparge_compile.bench.accuracy import Check, failure
+    from sparge_compile.bench.exact import every_row
+    from sparge_compile.bench.peers import CPU_PEERS
+    from sparge_compile.bench.problem import of_policy
+    from sparge_compile.policy import Policy
 
     problem = small(tokens=256)
     expected = every_row(problem)
@@ -206,12 +211,16 @@ def test_the_gate_knows_a_wrong_choice_of_tiles():
     peer = replace(CPU_PEERS["sparge"], reference_limit=None)
     assert failure(peer, expected.dense, check) is None
     assert "chosen unlike the specification" in failure(peer, expected.dense, replace(check, selection=0.1))
+    by_mass = replace(problem, choice=of_policy("default", Policy(), False, max_error=0.05))
+    assert failure(peer, expected.dense, replace(check, problem=by_mass, selection=0.1)) is None
+    off = replace(check, problem=by_mass, kept=None)
+    assert "allowed is 0.05" in failure(peer, expected.dense * 1.1, off)
     assert "over the same tiles" in failure(peer, expected.dense, replace(check, kept=expected.dense * 1.1))
 
 
 def test_the_roofline_is_the_slower_of_products_and_memory():
-    from gpu_roofline import Ceilings
-    from rows import Row
+    from sparge_compile.bench.gpu_roofline import Ceilings
+    from sparge_compile.bench.rows import Row
 
     problem = small(tokens=256)  # [1, 2, 256, 32] fp32: 65536 bytes a tensor
     ceilings = Ceilings(copy=4 * 65536, half=100.0, int8=200.0)
@@ -225,7 +234,7 @@ def test_the_roofline_is_the_slower_of_products_and_memory():
 
 
 def test_what_nvidia_smi_says_is_named():
-    from gpu_machine import parse
+    from sparge_compile.bench.gpu_machine import parse
 
     facts = parse("580.159.04, 345 MHz, 1980 MHz, 3201 MHz, 75.3 W, 700.00 W, 31\n")
     assert facts["driver"] == "580.159.04" and facts["SM clock"] == "345 MHz" and facts["temperature"] == "31"
@@ -240,6 +249,7 @@ def test_a_plot_is_drawn_from_the_json(tmp_path):
         "density_asked": 1.0,
         "ratio": 2.0,
         "variant": "sparge int8",
+        "choice": "1",
     }
     rows = [
         row,
@@ -247,11 +257,11 @@ def test_a_plot_is_drawn_from_the_json(tmp_path):
         {**row, "variant": "flex"},
         {**row, "ratio": None, "variant": "dense default"},
     ]
-    rows.append({**row, "is_causal": True, "density_asked": 0.5})
+    rows.append({**row, "is_causal": True, "density_asked": 0.5, "choice": "0.5"})
     content = {"machine": {"GPU": "none", "torch": "2", "date": "today"}, "rows": rows}
     source, picture = tmp_path / "a.json", tmp_path / "a.png"
     source.write_text(json.dumps(content))
-    subprocess.run([sys.executable, BENCHMARKS / "plot.py", source, picture], check=True)
+    subprocess.run([sys.executable, "-m", "sparge_compile.bench.plot", source, picture], check=True)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

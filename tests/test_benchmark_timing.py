@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
 
 
 class FakeGpu:
@@ -19,7 +13,7 @@ class FakeGpu:
 
     def __init__(self, monkeypatch, host):
         self.now, self.host, self.slept = 0.0, iter(host), []
-        monkeypatch.setattr("timing.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("sparge_compile.bench.timing.time.perf_counter", lambda: self.now)
 
     def call(self):
         self.now += next(self.host)
@@ -32,7 +26,7 @@ class FakeGpu:
 
 
 def test_a_call_is_measured_again_where_the_host_was_too_slow(monkeypatch):
-    from timing import CYCLES_PER_SECOND, SHORTEST_START, EventStopwatch
+    from sparge_compile.bench.timing import CYCLES_PER_SECOND, SHORTEST_START, EventStopwatch
 
     gpu = FakeGpu(monkeypatch, [3e-3, 3e-3, 3e-3])
     watch = EventStopwatch(gpu.call, torch.empty(4), cuda=gpu)
@@ -41,14 +35,14 @@ def test_a_call_is_measured_again_where_the_host_was_too_slow(monkeypatch):
 
 
 def test_a_call_that_waits_for_the_gpu_is_measured_all_the_same(monkeypatch):
-    from timing import TRIES, EventStopwatch
+    from sparge_compile.bench.timing import TRIES, EventStopwatch
 
     gpu = FakeGpu(monkeypatch, [1.0] * TRIES)
     assert EventStopwatch(gpu.call, torch.empty(4), cuda=gpu)().seconds == 7e-3
 
 
 def test_rounds_interleave_and_end_at_the_deadline():
-    from timing import FEWEST_ROUNDS, Timing, rounds
+    from sparge_compile.bench.timing import FEWEST_ROUNDS, Timing, rounds
 
     order = []
     watches = {name: lambda name=name: order.append(name) or Timing(1.0) for name in "ab"}
@@ -59,7 +53,7 @@ def test_rounds_interleave_and_end_at_the_deadline():
 
 
 def test_the_budget_gives_what_is_left_by_work():
-    from budget import SETTING_UP, Budget
+    from sparge_compile.bench.budget import SETTING_UP, Budget
 
     now = [100.0]
     budget = Budget(60, [0, SETTING_UP, 3 * SETTING_UP], clock=lambda: now[0])
@@ -70,3 +64,10 @@ def test_the_budget_gives_what_is_left_by_work():
     assert budget.deadline(2) == pytest.approx(160)
     now[0] = 160
     assert budget.deadline(2) is None
+
+
+def test_the_quartiles_are_those_of_the_rounds():
+    from sparge_compile.bench.rows import quartiles
+
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 100.0]) == (2.0, 4.0)
+    assert quartiles([3.0]) == (3.0, 3.0)

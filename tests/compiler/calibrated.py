@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparge_compile import Policy
-from workloads.field import smooth_field
+from sparge_compile.bench.field import smooth_field
 
 POLICY = Policy(min_tokens=0)
 QUIET = {"policy": POLICY, "progress": False}

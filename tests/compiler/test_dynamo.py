@@ -391,3 +391,12 @@ def test_the_fused_layers_activation_is_a_product_and_a_gelu():
     bias, x, weight = torch.randn(3), torch.randn(2, 4), torch.randn(4, 3)
     expected = F.gelu(x @ weight + bias)
     torch.testing.assert_close(dynamo.addmm_activation(bias, x, weight, use_gelu=True), expected)
+
+
+@pytest.mark.parametrize("chosen", [True, False], ids=["chosen", "default"])
+def test_the_cache_folder_is_inductors(monkeypatch, tmp_path, chosen):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    if chosen:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert dynamo.inductor_cache_folder() == cache_dir(), "cache_dir_utils moved"

@@ -6,7 +6,7 @@ the default policy must serve. benchmarks/predictors.py compares predictors on t
 
 from __future__ import annotations
 
+from sparge_compile.bench.field import smooth_field
 from workloads.catalogue import WORKLOADS, Needle, Workload
-from workloads.field import smooth_field
 
 __all__ = ["WORKLOADS", "Needle", "Workload", "smooth_field"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workloads.field import smooth_field
+from sparge_compile.bench.field import smooth_field
 from workloads.language import language_field
 from workloads.recall import recall_layer
 from workloads.video import video_field

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workloads.field import blur
+from sparge_compile.bench.field import blur
 
 
 def video_field(

@@ -136,7 +136,7 @@ def cpu_features() -> str:
 def _load_or_build(library: Path, flags: Sequence[str], accept: Accept | None, force: bool) -> ctypes.CDLL:
     if not force and os.access(library, os.R_OK):
         return _open(library)
-    compiler = _compiler()
+    compiler = compiler_command()
     with _locked(library.parent):
         if not force and os.access(library, os.R_OK):  # built by another process meanwhile
             return _open(library)
@@ -172,8 +172,8 @@ def _build(library: Path, compiler: Sequence[str], flags: Sequence[str], accept:
     return opened
 
 
-def _compiler() -> list[str]:
-    """The compiler's command: $CXX, which may have arguments, else the first that is installed."""
+def compiler_command() -> list[str]:
+    """The compiler's command: $CXX, which may have arguments, else the first installed one. Raises `Unavailable`."""
     chosen = os.environ.get("CXX", "")
     if not chosen.strip():
         for name in COMPILERS:

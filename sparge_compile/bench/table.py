@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rows import Row
+from sparge_compile.bench.rows import Row
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,8 @@ def speed(row: Row) -> str:
     return "-" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_min:.2f} .. {row.ratio_max:.2f})"
 
 
-def asked(row: Row) -> str:
-    return "1 tile a row" if row.density_asked is None else f"{row.density_asked:g}"
-
-
 TOKENS = Column("tokens", lambda row: str(row.tokens))
-DENSITY_ASKED = Column("density asked", asked)
+DENSITY_ASKED = Column("density asked", lambda row: row.choice)
 DENSITY = Column("density", lambda row: number(row.density, ".3f"))
 VARIANT = Column("variant", lambda row: row.variant)
 WORST_ROW = Column("cosine of the worst row", lambda row: number(row.worst_cosine, ".4f"))
@@ -64,6 +60,19 @@ GPU_COLUMNS = (
     Column("extra memory (% of Q, K, V)", lambda row: number(row.extra_memory_percent, ".1f")),
     NOTE,
 )
+
+COMMAND_COLUMNS = (
+    TOKENS,
+    Column("variant", lambda row: row.variant),
+    Column("tiles", lambda row: row.choice if row.is_ours or row.variant == "flex" else ""),
+    Column("computed", lambda row: number(row.density, ".0%")),
+    Column("rel. L1", lambda row: number(row.relative_l1, ".1e")),
+    Column("worst row", lambda row: number(row.worst_cosine, ".3f")),
+    Column("ms", lambda row: number(row.milliseconds, ".2f")),
+    Column("speed (min .. max)", speed),
+    NOTE,
+)
+"""Narrow enough for a terminal."""
 
 
 def table_head(columns: Sequence[Column]) -> str:

@@ -1,4 +1,4 @@
-"""The speeds of one run as a picture, from its JSON: python benchmarks/plot.py FILE.json FILE.png"""
+"""The speeds of one run as a picture, from its JSON: python -m sparge_compile.bench.plot FILE.json FILE.png"""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparge_compile.bench.peers import DENSE
+from sparge_compile.bench.problem import ONE_TILE
+
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """One panel for each head dim, causal or not: speed over the best dense peer by tokens, a colour for each density.
+    """One panel for each head dim, causal or not: speed over the best dense peer by tokens, a colour for each choice.
 
-    content: what attention.py writes as JSON. The ending of `path` says the format.
+    content: what the benchmarks write as JSON. The ending of `path` says the format.
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in content["rows"] if row["ratio"] is not None and row["density_asked"] is not None]
+    rows = [row for row in content["rows"] if row["ratio"] is not None and row["choice"] != ONE_TILE.name]
     kinds = sorted({(row["head_dim"], row["is_causal"]) for row in rows})
     figure = Figure(figsize=(5.5 * max(len(kinds), 1), 4.5), layout="constrained")
     for panel, (head_dim, is_causal) in enumerate(kinds, start=1):
@@ -40,16 +43,15 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any], list[Mapping[str, Any]]]]:
-    """Label, style and rows by tokens of each sparse variant at each density: the first variant's lines are solid."""
-    sparse = [row for row in rows if not row["variant"].startswith("dense")]
-    variants = list(dict.fromkeys(row["variant"] for row in sparse))
-    densities = sorted({row["density_asked"] for row in sparse}, reverse=True)
+    """Label, style and rows by tokens of each sparse variant with each choice: the first variant's lines are solid."""
+    sparse = [row for row in rows if not row["variant"].startswith(DENSE)]
+    variants, choices = (list(dict.fromkeys(row[name] for row in sparse)) for name in ("variant", "choice"))
     found = []
     for variant in variants:
-        for at, density in enumerate(densities):
-            line = [row for row in sparse if (row["variant"], row["density_asked"]) == (variant, density)]
+        for at, choice in enumerate(choices):
+            line = [row for row in sparse if (row["variant"], row["choice"]) == (variant, choice)]
             style = {"color": f"C{at}", "marker": "o", "linestyle": "-" if variant == variants[0] else "--"}
-            found.append((f"{variant}, {density:g}", style, sorted(line, key=lambda row: row["tokens"])))
+            found.append((f"{variant}, {choice}", style, sorted(line, key=lambda row: row["tokens"])))
     return [curve for curve in found if curve[2]]
 
 

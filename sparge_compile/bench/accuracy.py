@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from exact import Expected
-from peers import Peer
-from problem import Problem
 from torch import Tensor
 
+from sparge_compile.bench.exact import Expected
+from sparge_compile.bench.peers import Peer
+from sparge_compile.bench.problem import ALL_TILES, Problem
 from sparge_kernels import reference
-from sparge_kernels.thresholds import NEVER_SKIP, Thresholds
 
-KEEP_ALL = Thresholds(topk=1.0, cdf=1.0, similarity=-1.0, pv=NEVER_SKIP)
 SAME_TILES_LIMIT = 2e-2  # relative L1 between two peers that compute the same tiles
 SELECTION_LIMIT = 2e-3  # share of the tiles that two ways to choose them may differ in: rounding decides equal scores
 
@@ -69,8 +67,11 @@ def failure(peer: Peer, output: Tensor, check: Check) -> str | None:
         return "failed: the output is not finite"
     errors = []
     rows, limit = check.expected.of(output), exact_limit(peer, check.problem)
-    if check.problem.topk == 1 or not peer.sparse:
+    if check.problem.choice.keeps_all or not peer.sparse:
         errors.append((f"relative L1 to {check.expected.words}", relative_l1(rows, check.expected.dense), limit))
+    elif check.problem.choice.max_error is not None:
+        error, allowed = relative_l1(rows, check.expected.dense), check.problem.choice.max_error
+        errors.append((f"relative L1 to {check.expected.words}", error, allowed))
     if check.kept is not None and peer.sparse:
         errors.append(("relative L1 to fp64 over the same tiles", relative_l1(rows, check.kept), limit))
     if check.same_tiles is not None:
@@ -79,7 +80,8 @@ def failure(peer: Peer, output: Tensor, check: Check) -> str | None:
     if peer.reference_limit is not None:
         error = reference_error(peer, check.small)
         errors.append(("relative L1 to the reference on a small problem", error, peer.reference_limit))
-    if check.selection is not None and peer.sparse:
+    # With a limit on mass in place of a density, rounding decides more tiles; there max_error is the gate.
+    if check.selection is not None and peer.sparse and check.problem.choice.density is not None:
         errors.append(("share of tiles chosen unlike the specification", check.selection, SELECTION_LIMIT))
     for what, error, most in errors:
         if not error <= most:
@@ -91,7 +93,9 @@ def reference_error(peer: Peer, small: Problem) -> float:
     """Relative L1 of the peer's output to that of `sparge_kernels.reference`."""
     expected = reference.attention(
         *(x.float() for x in small.inputs),
-        thresholds=[small.thresholds if peer.sparse else KEEP_ALL],
+        thresholds=[(small.choice if peer.sparse else ALL_TILES).thresholds],
+        enable_gqa=small.group > 1,
+        predictor=small.choice.predictor,
         is_causal=small.is_causal,
         precision=small.precision if peer.sparse else "none",
         centring=peer.centring,

@@ -1,6 +1,6 @@
 """Peak extra memory of one `sparge::attention` call, beyond its inputs and output; on a CPU in a process of its own.
 
-`extra_bytes` starts this file as a program, which prints the number. It reads the process's own high-water mark
+`extra_bytes` starts this module as a program, which prints the number. It reads the process's own high-water mark
 (VmHWM of /proc) after resetting it: ru_maxrss also remembers what the parent held when it started the process. The
 kernel counts resident pages by processor, so the last few hundred kilobytes are noise.
 """
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from problem import Problem
 from torch import Tensor
 
+from sparge_compile.bench.problem import Problem, share
+
 if TYPE_CHECKING:
-    from peers import Call
+    from sparge_compile.bench.peers import Call
 
 from sparge_kernels import ops  # noqa: F401 - registers the operator
-from sparge_kernels.thresholds import NEVER_SKIP, Thresholds, pack
+from sparge_kernels.thresholds import pack
 
 WARM_UP_TOKENS = 256
 # Every buffer comes from the system and goes back to it, so that the call cannot reuse what warming up left behind.
@@ -31,13 +32,14 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def extra_bytes(problem: Problem, threads: int) -> int | None:
-    """Bytes that a call of the problem's shape and topk takes at its peak; None where they cannot be measured.
+    """Bytes that a call of the problem's shape and density takes at its peak; None where they cannot be measured.
 
-    The numbers are random: with topk, how many tiles a call computes does not depend on them.
+    The numbers are random: with a density, how many tiles a call computes does not depend on them.
     """
-    if not Path("/proc/self/clear_refs").exists():
+    q, k, v = (x.shape for x in problem.inputs)
+    if problem.choice.density is None or not q == k == v or not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, __file__, *map(str, problem.q.shape), str(problem.topk), str(problem.dtype)[6:]]
+    command = [sys.executable, "-m", __name__, *map(str, q), str(problem.choice.density), str(problem.dtype)[6:]]
     command += [problem.precision, str(threads)] + ["--causal"] * problem.is_causal
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
     if result.returncode:
@@ -65,14 +67,14 @@ def memory(name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", type=int, nargs=4)
-    parser.add_argument("topk", type=float)
+    parser.add_argument("density", type=float)
     parser.add_argument("dtype")
     parser.add_argument("precision")
     parser.add_argument("threads", type=int)
     parser.add_argument("--causal", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    thresholds = pack([Thresholds(topk=args.topk, cdf=1.0, similarity=-1.0, pv=NEVER_SKIP)])
+    thresholds = pack([share(args.density).thresholds])
 
     def inputs(tokens: int) -> list[Tensor]:
         shape = (*args.shape[:2], tokens, args.shape[3])

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from block_mask import block_mask
-from problem import Problem
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from sparge_compile.bench.block_mask import block_mask
+from sparge_compile.bench.problem import Problem
 from sparge_kernels import ops  # noqa: F401 - registers the operator
 from sparge_kernels.predict import select_tiles
 from sparge_kernels.thresholds import pack
@@ -47,7 +47,8 @@ def dense(dtype: torch.dtype) -> Callable[[Problem], Call]:
 
     def prepare(problem: Problem) -> Call:
         q, k, v = (x.to(dtype) for x in problem.inputs)
-        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=problem.is_causal)
+        options: dict[str, Any] = {"is_causal": problem.is_causal, "enable_gqa": problem.group > 1}
+        return lambda: F.scaled_dot_product_attention(q, k, v, **options)
 
     return prepare
 
@@ -55,50 +56,59 @@ def dense(dtype: torch.dtype) -> Callable[[Problem], Call]:
 def sparge(problem: Problem) -> Call:
     """The project's kernel."""
     q, k, v = problem.inputs
-    thresholds = pack([problem.thresholds])
-    return lambda: torch.ops.sparge.attention.default(
-        q, k, v, thresholds=thresholds, is_causal=problem.is_causal, precision=problem.precision
-    )
+    options = _sparge_options(problem)
+    return lambda: torch.ops.sparge.attention.default(q, k, v, **options)
 
 
 def sparge_density(problem: Problem) -> float:
     """Share of the visible tiles that the project's kernel computes, mean over heads."""
-    options = {"thresholds": pack([problem.thresholds]), "is_causal": problem.is_causal, "precision": problem.precision}
-    _, density, _ = torch.ops.sparge.attention_with_stats.default(*problem.inputs, **options)
+    _, density, _ = torch.ops.sparge.attention_with_stats.default(*problem.inputs, **_sparge_options(problem))
     return float(density.mean())
+
+
+def _sparge_options(problem: Problem) -> dict[str, Any]:
+    return {
+        "thresholds": pack([problem.choice.thresholds]),
+        "is_causal": problem.is_causal,
+        "enable_gqa": problem.group > 1,
+        "precision": problem.precision,
+        "predictor": problem.choice.predictor,
+    }
 
 
 def flex(
     kept: Callable[[Problem], Tensor], kernel_options: Mapping[str, Any] | None = None
 ) -> Callable[[Problem], Call]:
-    """Compiled FlexAttention over the tiles `kept`, bool [1, H, nQ, nK], of a problem; choosing them is not timed."""
+    """Compiled FlexAttention over the tiles `kept`, bool [B, H, nQ, nK], of a problem; choosing them is not timed."""
 
     def prepare(problem: Problem) -> Call:
         q, k, v = problem.inputs
-        mask = block_mask(kept(problem), q.shape[2], problem.is_causal)
-        compiled = _compiled_flex(q.shape, q.dtype, problem.is_causal)
-        return lambda: compiled(q, k, v, block_mask=mask, kernel_options=kernel_options)
+        mask = block_mask(kept(problem), q.shape[2], k.shape[2], problem.is_causal)
+        compiled = _compiled_flex(q.shape, k.shape, q.dtype, problem.is_causal)
+        options: dict[str, Any] = {"enable_gqa": problem.group > 1, "kernel_options": kernel_options}
+        return lambda: compiled(q, k, v, block_mask=mask, **options)
 
     return prepare
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled_flex(shape: torch.Size, dtype: torch.dtype, is_causal: bool) -> Callable[..., Tensor]:
+def _compiled_flex(q: torch.Size, k: torch.Size, dtype: torch.dtype, is_causal: bool) -> Callable[..., Tensor]:
     """For one kind of problem, all densities."""
     torch.compiler.reset()  # each shape is compiled for itself; without this the limit on recompilations is met
     return torch.compile(flex_attention, dynamic=False)
 
 
 def predicted_tiles(problem: Problem) -> Tensor:
-    """Stage 1's map as the specification has it, bool [1, H, nQ, nK]."""
+    """Stage 1's map as the specification has it, bool [B, H, nQ, nK]."""
     q, k, v = (x.float() for x in problem.inputs)
     return select_tiles(
         q,
         k,
         v,
-        thresholds=[problem.thresholds] * q.shape[1],
+        thresholds=[problem.choice.thresholds] * q.shape[1],
         is_causal=problem.is_causal,
         scale=q.shape[3] ** -0.5,
+        predictor=problem.choice.predictor,
     )
 
 

@@ -25,9 +25,25 @@ def describe(threads: int) -> dict[str, str]:
         "CPU": facts.get("model name") or platform.processor() or platform.machine(),
         "instruction sets": ", ".join(has),
         "threads": f"{threads} of {os.cpu_count()} CPUs",
-        "load average": ", ".join(f"{load:.2f}" for load in os.getloadavg()),
+        "load average": ", ".join(f"{load:.2f}" for load in loads()) or "unknown",
         "CPU kernel": cpu.chosen_kernel(),
     }
+
+
+def loads() -> tuple[float, ...]:
+    """The load averages of 1, 5 and 15 minutes; none where the system has none (Windows)."""
+    return os.getloadavg() if hasattr(os, "getloadavg") else ()
+
+
+def busy() -> str | None:
+    """What to say where other processes keep the CPUs busy; None where they do not."""
+    cpus = os.cpu_count() or 1
+    load = max(loads()[:1], default=0.0)
+    if load < cpus:
+        return None
+    return (
+        f"The machine is busy (load average {load:.1f} on {cpus} CPUs): times are noisy. Measure again when it is not."
+    )
 
 
 def cpu_facts() -> dict[str, str]:

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accuracy import Check
-from exact import Expected
-from peers import Call, Peer
-from problem import Problem
-from timing import Stopwatch
+
+from sparge_compile.bench.accuracy import Check
+from sparge_compile.bench.exact import Expected
+from sparge_compile.bench.peers import Call, Peer
+from sparge_compile.bench.problem import Problem
+from sparge_compile.bench.timing import Stopwatch
 
 if TYPE_CHECKING:
     import argparse
 
-    from gpu_roofline import Ceilings
-    from rows import Row
-    from table import Column
+    from sparge_compile.bench.gpu_roofline import Ceilings
+    from sparge_compile.bench.rows import Row
+    from sparge_compile.bench.table import Column
 
 
 def no_stages(problem: Problem) -> Mapping[str, Callable[[], object]]:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from problem import Problem
-from rows import Row
-from timing import Stopwatch
+
+from sparge_compile.bench.problem import Problem
+from sparge_compile.bench.rows import Row
+from sparge_compile.bench.timing import Stopwatch
 
 SIZE = 8192  # of the square matrices
 COPY_BYTES = 2**30

@@ -8,18 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import gpu_machine
-import gpu_roofline
-import peak_memory
 import torch
-from accuracy import Check
-from exact import ROWS, attention_rows, some_rows
-from gpu_peers import GPU_PEERS, selected_tiles, stages
-from peers import OURS, predicted_tiles
-from rows import Row
-from table import GPU_COLUMNS, prepare_table
-from target import Target
-from timing import Stopwatch, event_stopwatches
+
+from sparge_compile.bench import gpu_machine, gpu_roofline, peak_memory
+from sparge_compile.bench.accuracy import Check
+from sparge_compile.bench.exact import ROWS, attention_rows, some_rows
+from sparge_compile.bench.gpu_peers import GPU_PEERS, selected_tiles, stages
+from sparge_compile.bench.peers import OURS, predicted_tiles
+from sparge_compile.bench.rows import Row
+from sparge_compile.bench.table import GPU_COLUMNS, prepare_table
+from sparge_compile.bench.target import Target
+from sparge_compile.bench.timing import Stopwatch, event_stopwatches
 
 DEFAULTS = {
     "tokens": [4096, 8192, 16384, 32768, 65536],

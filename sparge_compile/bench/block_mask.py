@@ -10,15 +10,15 @@ from sparge_kernels.masks import causal_tiles
 from sparge_kernels.thresholds import K_TILE, Q_TILE
 
 
-def block_mask(kept: Tensor, tokens: int, is_causal: bool) -> BlockMask:
-    """The tiles `kept`, bool [1, H, nQ, nK], of `tokens` queries and keys: the diagonal is masked, all others full."""
-    diagonal = causal_tiles(tokens, tokens, is_causal, torch.float32, kept.device).partial
+def block_mask(kept: Tensor, q_len: int, k_len: int, is_causal: bool) -> BlockMask:
+    """The tiles `kept`, bool [B, H, nQ, nK], of so many queries and keys: the diagonal is masked, all others full."""
+    diagonal = causal_tiles(q_len, k_len, is_causal, torch.float32, kept.device).partial
     return BlockMask.from_kv_blocks(
         *_counted(kept & diagonal),
         *_counted(kept & ~diagonal),
         BLOCK_SIZE=(Q_TILE, K_TILE),
         mask_mod=_past if is_causal else None,
-        seq_lengths=(tokens, tokens),
+        seq_lengths=(q_len, k_len),
         compute_q_blocks=False,  # only a backward needs them
     )
 

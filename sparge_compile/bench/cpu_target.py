@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import Any
-
-import machine
-import peak_memory
 import torch
-from exact import every_row
-from peers import CPU_PEERS, OURS, Call
-from problem import Problem
-from rows import Row
-from table import CPU_COLUMNS
-from target import Target
-from timing import wall_clock
+
+from sparge_compile.bench import machine, peak_memory
+from sparge_compile.bench.exact import every_row
+from sparge_compile.bench.peers import CPU_PEERS, OURS, Call
+from sparge_compile.bench.problem import Problem
+from sparge_compile.bench.table import CPU_COLUMNS
+from sparge_compile.bench.target import Target
+from sparge_compile.bench.timing import wall_clock
 
 DEFAULTS = {
     "tokens": [8192, 16384],
@@ -48,16 +43,7 @@ def target() -> Target:
         expected=every_row,
         extra_bytes=_extra_bytes,
         input_bytes=lambda problem: sum(x.numel() * 4 for x in problem.inputs),
-        closing=_closing,
     )
-
-
-def _closing(args: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[str], dict[str, Any]]:
-    if not args.roofline:
-        return [], {}
-    import roofline
-
-    return roofline.report(rows, head_dims=args.head_dim, precision=args.precision, threads=args.threads)
 
 
 def _extra_bytes(problem: Problem, call: Call) -> int | None:

@@ -6,24 +6,28 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import accuracy
 import torch
-from accuracy import Check
-from exact import Expected
-from peers import DENSE, OURS, Call, sparge_density
-from problem import ONE_TILE, Problem
-from target import Target
-from timing import Stopwatch, Timing, rounds
 from torch import Tensor
 
+from sparge_compile.bench import accuracy
+from sparge_compile.bench.accuracy import Check
+from sparge_compile.bench.exact import Expected
+from sparge_compile.bench.peers import DENSE, OURS, Call, sparge_density
+from sparge_compile.bench.problem import ONE_TILE, Choice, Problem
+from sparge_compile.bench.target import Target
+from sparge_compile.bench.timing import Stopwatch, Timing, rounds
 from sparge_kernels.thresholds import K_TILE, Q_TILE
+
+BASELINE = "baseline"
+"""The note of the fastest dense variant."""
 
 
 @dataclass
 class Row:
     """One variant on one problem. None: does not apply, or may not be believed; `note` says why.
 
-    density_asked: None is one tile a row. ratio, ratio_min, ratio_max: baseline time / time, paired by round.
+    tokens: queries; k_len: keys. choice: the `Choice` of tiles, by name; density_asked: the density it asks for.
+    ratio, ratio_min, ratio_max: baseline time / time, paired by round; ratio_low, ratio_high: quartiles of it.
     issue_milliseconds: what the host takes to issue the call. extra_memory_percent: peak memory of a call beyond inputs
     and output, of what Q, K and V take. product_operations: of one of the two products over the computed tiles.
     roofline_share: of the time, what the machine's ceilings would take. stages: milliseconds of parts of the call.
@@ -36,6 +40,8 @@ class Row:
     is_causal: bool
     density_asked: float | None
     variant: str
+    choice: str = ""
+    k_len: int | None = None
     density: float | None = None
     relative_l1: float | None = None
     worst_cosine: float | None = None
@@ -45,6 +51,8 @@ class Row:
     ratio: float | None = None
     ratio_min: float | None = None
     ratio_max: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
     gflops: float | None = None
     product_operations: float | None = None
     roofline_share: float | None = None
@@ -80,6 +88,7 @@ class Shape:
 
     small: a problem of the same kind that the reference can afford. repeats: rounds in which each variant runs once;
     fewer where the deadline (of time.monotonic) comes first.
+    ours_or_none: time nothing of a block in which a check of the project's kernel failed.
     """
 
     target: Target
@@ -87,6 +96,7 @@ class Shape:
     small: Problem
     repeats: int
     deadline: float = float("inf")
+    ours_or_none: bool = False
     dense: list[Examined] = field(init=False, default_factory=list)  # the same for every density
     expected: Expected = field(init=False)
 
@@ -98,28 +108,31 @@ class Shape:
                 one = self.examine(name, Check(self.problem, self.small, self.expected))
                 self.dense.append(replace(one, output=None))
 
-    def measure(self, densities: Sequence[float | None]) -> list[Row]:
-        """One block of rows: all variants at shares of tiles, or, for None, the cost of choosing them."""
-        block = [replace(one, row=replace(one.row, density_asked=densities[0])) for one in self.dense]
-        for density in densities:
-            block += self.sparse(density)
+    def measure(self, choices: Sequence[Choice]) -> list[Row]:
+        """One block of rows: all variants with each choice of tiles; ONE_TILE is what choosing them costs."""
+        first = choices[0]
+        labelled = [replace(one.row, choice=first.name, density_asked=first.density) for one in self.dense]
+        block = [replace(one, row=row) for one, row in zip(self.dense, labelled, strict=True)]
+        for choice in choices:
+            block += self.sparse(choice)
+        if self.ours_or_none and any(one.row.failed and one.row.is_ours for one in block):
+            return [one.row for one in block]
         self.time([one for one in block if one.call])
         for one in block:
-            if one.row.is_ours and one.call and one.row.density_asked is not None:
+            if one.row.is_ours and one.call and one.row.choice != ONE_TILE.name:
                 taken = self.target.extra_bytes(one.check.problem, one.call)
                 if taken is not None:
                     one.row.extra_memory_percent = 100 * taken / self.target.input_bytes(one.check.problem)
         return [one.row for one in block]
 
-    def sparse(self, density: float | None) -> list[Examined]:
+    def sparse(self, choice: Choice) -> list[Examined]:
         """The variants that compute the kept tiles only; the project's own first, the others must agree with it."""
-        topk = ONE_TILE if density is None else density
-        check = Check(replace(self.problem, topk=topk), replace(self.small, topk=topk), self.expected)
+        check = Check(replace(self.problem, choice=choice), replace(self.small, choice=choice), self.expected)
         found = []
         for name, peer in self.target.peers.items():
-            if peer.sparse and (density is not None or name == OURS):
+            if peer.sparse and (choice != ONE_TILE or name == OURS):
                 one = self.examine(name, check)
-                one.row.density_asked = density
+                one.row.choice, one.row.density_asked = choice.name, choice.density
                 if name == OURS:
                     check = replace(one.check, same_tiles=one.output, selection=None)
                 found.append(one)
@@ -129,7 +142,8 @@ class Shape:
         """Prepares the peer, runs it once and compares what it gives."""
         peer, problem = self.target.peers[name], check.problem
         variant = f"{name} {problem.precision}" if name == OURS else name
-        row = Row(problem.q.shape[2], problem.q.shape[3], problem.is_causal, None, variant)
+        (q_len, head_dim), k_len = problem.q.shape[2:], problem.k.shape[2]
+        row = Row(q_len, head_dim, problem.is_causal, None, variant, k_len=k_len)
         try:
             if name == OURS:
                 check = self.target.checked_tiles(check)
@@ -187,21 +201,30 @@ class Shape:
 def compare(row: Row, name: str, baseline: str, measured: Sequence[Mapping[str, Timing]]) -> None:
     """Fills in what the baseline's time makes of the row's."""
     if name == baseline:
-        row.note = "baseline"
+        row.note = BASELINE
         return
     ratios = [times[baseline].seconds / times[name].seconds for times in measured]
     row.ratio, row.ratio_min, row.ratio_max = statistics.median(ratios), min(ratios), max(ratios)
+    row.ratio_low, row.ratio_high = quartiles(ratios)
     if "prepare" in row.stages:
         dense = statistics.median(times[baseline].seconds for times in measured)
         row.prepare_percent = 100 * row.stages["prepare"] / (dense * 1e3)
     row.note = ", ".join(filter(None, (row.note, verdict(row))))
 
 
+def quartiles(numbers: Sequence[float]) -> tuple[float, float]:
+    """The first and the third."""
+    if len(numbers) == 1:
+        return numbers[0], numbers[0]
+    first, _, third = statistics.quantiles(numbers, n=4, method="inclusive")
+    return first, third
+
+
 def verdict(row: Row) -> str:
     """What the ratio means, in words."""
     assert row.ratio is not None
     no_gain = "no gain" if row.ratio < 1 else ""
-    if row.density_asked is None and row.is_ours:
+    if row.choice == ONE_TILE.name and row.is_ours:
         bound = f"prediction and quantization: at most {100 / row.ratio:.2g} % of the baseline"
         return f"{bound}, {no_gain}" if no_gain else bound
     return no_gain

@@ -1,0 +1,103 @@
+"""The doctor on building: the C++ compiler, the native kernel, and the folders where compiled code is kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sparge_compile import dynamo
+from sparge_compile.command.findings import Finding, Level, from_reason, problem
+from sparge_kernels import cpu
+from sparge_kernels.cpu import build, native
+
+LEAST_SPACE = 256 * 2**20
+
+
+def native_is_needed() -> bool:
+    """The CPU's calls run the native kernel, or would but for a wrong name."""
+    try:
+        return cpu.chosen_kernel() == "native"
+    except ValueError:
+        return True
+
+
+def look() -> Iterator[Finding]:
+    yield compiler()
+    yield native_kernel()
+    yield from folders()
+
+
+def compiler() -> Finding:
+    """The C++ compiler, which Inductor needs on a CPU too."""
+    try:
+        command = build.compiler_command()
+    except build.Unavailable as error:
+        return from_reason("C++ compiler", str(error))
+    path = shutil.which(command[0]) or command[0]
+    try:
+        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        words = " ".join(str(error).split())[:200]
+        return problem("C++ compiler", f"{path} does not run ({words})", "set CXX to another one, or install g++")
+    return Finding("C++ compiler", f"{path}: {answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else '?'}")
+
+
+def native_kernel() -> Finding:
+    """The native CPU kernel, built now if it is not there."""
+    level: Level = "problem" if native_is_needed() else "note"
+    path = build.library_path()
+    was_there, start = path.exists(), time.monotonic()
+    try:
+        native.library()
+    except build.Unavailable as error:
+        return from_reason("native CPU kernel", str(error), level)
+    if not was_there:
+        return Finding("native CPU kernel", f"built now in {time.monotonic() - start:.1f} s: {path}")
+    built = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    return Finding("native CPU kernel", f"built {built}: {path}")
+
+
+def folders() -> Iterator[Finding]:
+    """Where compiled code is kept: can it be written there, and is there room?"""
+    library = build.library_path()
+    # What is built already can be used from a folder that cannot be written.
+    level: Level = "note" if os.access(library, os.R_OK) or not native_is_needed() else "problem"
+    yield folder("torch's extensions", library.parents[2], "TORCH_EXTENSIONS_DIR", level)
+    try:
+        inductor = Path(dynamo.inductor_cache_folder())
+    except Exception as error:  # a user without a name or a home
+        words = f"unknown ({type(error).__name__}: {str(error)[:120]})"
+        yield problem("Inductor's cache", words, "set TORCHINDUCTOR_CACHE_DIR to a folder")
+    else:
+        yield folder("Inductor's cache", inductor, "TORCHINDUCTOR_CACHE_DIR", "problem")
+    if (triton := sys.modules.get("triton")) is not None:
+        chosen = Path(str(triton.knobs.cache.dir))
+        yield folder("Triton's cache", chosen, "TRITON_CACHE_DIR", "problem" if torch.cuda.is_available() else "note")
+
+
+def folder(name: str, path: Path, variable: str, level: Level) -> Finding:
+    """Whether a file can be written there, or where the folder would be made, and how much room there is."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    do = f"set {variable} to a folder that can be written"
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is no folder")
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"sparge")
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        return Finding(name, f"{path} cannot be written ({error.strerror or error})", level, do)
+    if free < LEAST_SPACE:
+        text = f"{path} has only {free / 2**20:.0f} MiB of free space"
+        return Finding(name, text, level, f"make room there, or {do}")
+    if not path.exists():
+        return Finding(name, f"{path} (will be made), {free / 2**30:.1f} GiB free")
+    return Finding(name, f"{path}, {free / 2**30:.1f} GiB free")
