@@ -6,6 +6,7 @@ Run `python tests/compiler/reason_texts.py` to print the table.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ _BEFORE = {"Unread": "attention written out, and not read: "}
 WHATEVER = "…"
 
 
+@functools.cache
 def texts() -> list[str]:
     """Each text once, in the order of the files; what differs from call to call is `WHATEVER`."""
     files = [file for folder in _FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
