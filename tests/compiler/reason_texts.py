@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 _MARKED = re.compile(r"<!-- reasons -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
+@functools.cache
 def texts() -> list[str]:
     """Each text once, in the order of the files; what differs from call to call is `WHATEVER`."""
     files = [file for folder in _FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
