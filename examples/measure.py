@@ -1,4 +1,4 @@
-"""Dense and sparse runs in turn: how long each takes and how far apart the outputs are. The examples beside it use it."""
+"""What the examples beside it share: dense and sparse in turn, how long each takes and how far apart they are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RANDOM_WEIGHTS = (
-    "The weights are random: the times say what INT8 and this density give, not how sparse a trained model's attention "
-    "is, nor how far its outputs would be off."
+    "The weights are random, so attention is flat and hardly a tile can be left out: what is gained here is INT8's.\n"
+    "How sparse a trained model is, and how far off its outputs are, only a trained model can tell."
 )
 
 
@@ -38,13 +38,12 @@ class Comparison:
         return F.cosine_similarity(self.sparse.double(), self.dense.double(), dim=-1).min().item()
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"dense   {statistics.median(self.dense_seconds):9.3f} s",
-                f"sparse  {statistics.median(self.sparse_seconds):9.3f} s   (medians of {len(self.dense_seconds)}, in turn)",
-                f"relative L1 of the outputs {self.relative_l1:.4f}, least cosine of a row {self.least_cosine:.4f}",
-                self._verdict(),
-            ]
+        dense, sparse = (statistics.median(seconds) for seconds in (self.dense_seconds, self.sparse_seconds))
+        return (
+            f"dense   {dense:9.3f} s\n"
+            f"sparse  {sparse:9.3f} s   (medians of {len(self.dense_seconds)}, in turn)\n"
+            f"relative L1 of the outputs {self.relative_l1:.4f}, least cosine of a row {self.least_cosine:.4f}\n"
+            f"{self._verdict()}"
         )
 
     def _verdict(self) -> str:
@@ -58,13 +57,13 @@ class Comparison:
 
 
 def compare(dense: Callable[[], Tensor], sparse: Callable[[], Tensor], rounds: int) -> Comparison:
-    """Calls both once, which compiles, and then in turn, so that what else the machine does hits both.
+    """Calls both once, to compile and warm up, and then in turn, so that what else the machine does hits both.
 
     Args:
         dense, sparse: whole runs; they return tensors of one shape [..., features].
         rounds: how often each is measured.
     """
-    print(f"compiling both variants, then {rounds} rounds ...", flush=True)
+    print(f"one run each, which compiles what is not compiled, then {rounds} rounds ...", flush=True)
     seconds: dict[Callable[[], Tensor], list[float]] = {dense: [], sparse: []}
     with torch.no_grad():
         outputs = {run: run() for run in seconds}
