@@ -1,6 +1,7 @@
 """A video pipeline of diffusers: its transformer compiled with the sparge backend, its first steps dense.
 
     python examples/diffusers_video.py [--blocks] [--steps 4 --dense-steps 1] [--frames 33 --height 384 --width 384]
+    pip install accelerate  # diffusers loads Wan by it
     python examples/diffusers_video.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --frames 81 --height 480 --width 832 \\
         --steps 50 --dense-steps 10 [--profile wan.json]
 
@@ -61,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sparge.attach(pipe.transformer, options.profile)
 
     if options.blocks:
-        pipe.transformer.compile_repeated_blocks(backend="sparge", fullgraph=True)
+        pipe.transformer.compile_repeated_blocks(backend="sparge")
     else:
-        pipe.transformer.compile(backend="sparge", fullgraph=True)
+        pipe.transformer.compile(backend="sparge")
     print(f"{options.frames} frames of {options.width} x {options.height} pixels on {device}\n")
     print(f"{sparge.explain(pipe.transformer, **calls[-1])}\n")
     print(f"{options.steps} steps, {options.dense_steps} of them dense in the sparse run")
