@@ -1,7 +1,7 @@
 """A video pipeline of diffusers: its transformer compiled with the sparge backend, its first steps dense.
 
+    pip install diffusers transformers accelerate  # accelerate: diffusers needs it to load Wan
     python examples/diffusers_video.py [--blocks] [--steps 4 --dense-steps 1] [--frames 33 --height 384 --width 384]
-    pip install accelerate  # diffusers loads Wan by it
     python examples/diffusers_video.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --frames 81 --height 480 --width 832 \\
         --steps 50 --dense-steps 10 [--profile wan.json]
 

@@ -1,5 +1,6 @@
 """Long-context prefill of a decoder of transformers, compiled with the sparge backend; decoding stays dense.
 
+    pip install transformers
     python examples/transformers_prefill.py [--tokens 8192] [--model Qwen/Qwen3-0.6B] [--text book.txt]
 
 Without --model a small Qwen3 with random weights reads bytes. One decoded token asks one query, which sparse attention

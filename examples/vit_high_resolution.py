@@ -1,5 +1,6 @@
 """A vision transformer far above the resolution that it was trained at, compiled with the sparge backend.
 
+    pip install transformers pillow  # pillow: for --image
     python examples/vit_high_resolution.py [--size 1036] [--model facebook/dinov2-small] [--image photo.jpg]
 
 Patches grow with the square of the side: 518 pixels are 1369 patches of DINOv2, 1036 pixels 5476, 2072 pixels 21904.

@@ -25,7 +25,6 @@ LENGTH = 640  # what is to be rewritten here has as many queries and keys, what 
 def load_example(monkeypatch):
     """Imports an example as `python examples/NAME.py` would."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    torch._dynamo.reset()
     yield importlib.import_module
     torch._dynamo.reset()
 
@@ -37,7 +36,8 @@ def without_inductor(monkeypatch):
 
 
 def run(example: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the example prints."""
+    """What the example prints, as in a process of its own."""
+    torch._dynamo.reset()
     capsys.readouterr()
     with sparge.rewriting(min_tokens=LENGTH):  # the default depends on the machine
         example.main([str(argument) for argument in (*arguments, "--rounds", 1)])
