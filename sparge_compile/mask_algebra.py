@@ -216,6 +216,11 @@ def _index(a: Affine, items: tuple[Any, ...], rank: int) -> Affine:
     return Affine(tuple(out), offset)
 
 
+def _slice(result: torch.Tensor, value: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    whole = (slice(None),) * (dim % result.dim())
+    return _getitem(result, value, (*whole, slice(start, end, step)))
+
+
 def _transpose(result: torch.Tensor, value: Any, first: int, second: int) -> Any:
     def swap(a: Affine) -> Affine:
         c = list(a.aligned(result.dim()).coefficients)
@@ -287,6 +292,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "transpose": _transpose,
     "getitem": _getitem,
     "__getitem__": _getitem,
+    "slice": _slice,
 }
 
 

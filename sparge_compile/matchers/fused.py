@@ -52,8 +52,14 @@ def multi_head_attention(
 
 def _attended(mask: Tensor, mask_type: int | None) -> Tensor:
     """The mask as scaled_dot_product_attention takes it. The fused operators hide whatever is not zero, also floats."""
-    hidden = mask.to(torch.bool)
-    return torch.logical_not(hidden[:, None, None] if mask_type == _PER_KEY else hidden)
+    # TransformerEncoderLayer repeats a mask of pairs for every head: what is repeated is computed once.
+    once = mask[tuple(slice(1) if _is_zero(stride) else slice(None) for stride in mask.stride())]
+    attended = once.to(torch.bool).logical_not().expand(mask.shape)
+    return attended[:, None, None] if mask_type == _PER_KEY else attended
+
+
+def _is_zero(stride: dynamo.Size) -> bool:
+    return isinstance(stride, int) and stride == 0
 
 
 def encoder_layer(

@@ -118,6 +118,19 @@ def test_a_causal_mask_built_in_the_graph_is_recognised(spelling, dynamic):
     assert backend.sites[0].is_causal and "attn_mask" not in call.kwargs
 
 
+@DYNAMIC
+@pytest.mark.parametrize("floating", [False, True], ids=["bool", "float"])
+def test_a_mask_that_is_repeated_for_every_head_is_computed_once(floating, dynamic):
+    layer = encoder()
+    mask = torch.zeros(12, 12).masked_fill(FUTURE.flip(1), -torch.inf) if floating else FUTURE.flip(1)
+    backend = same_as_dense(lambda x, m: layer(x, src_mask=m), X, mask, dynamic=dynamic)
+    (call,) = backend.operators()
+    repeated = dynamo.example(call.kwargs["attn_mask"])
+    assert repeated.shape == (2, 2, 12, 12) and repeated.stride()[:2] == (0, 0)
+    computed = [node for node in backend.graphs[0].graph.nodes if "logical_not" in str(node.target)]
+    assert len(computed) == 1 and dynamo.example(computed[0]).shape[:2] == (1, 1)
+
+
 def test_a_float_mask_hides_whatever_is_not_zero():
     """As the fused operator does, odd as it is: an additive bias is no bias there."""
     layer = encoder()
