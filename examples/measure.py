@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RANDOM_WEIGHTS = (
-    "The weights are random, so attention is flat and hardly a tile can be left out: what is gained here is INT8's, or a "
-    "mask's.\n"
+    "Random weights: attention is flat and hardly a tile can be left out; what is gained is INT8's, or a mask's.\n"
     "How sparse a trained model is, and how far off its outputs are, only a trained model can tell."
 )
 

@@ -66,7 +66,7 @@ def test_transformers_prefill(load_example, capsys, tmp_path):
     example = load_example("transformers_prefill")
     printed = run(example, capsys, "--tokens", LENGTH, "--layers", 1, "--new-tokens", 3)
     check(printed, "1 of 1")
-    assert "random" in printed and f"{LENGTH} x {LENGTH}" in printed
+    assert "Random weights" in printed and f"{LENGTH} x {LENGTH}" in printed
     assert "a decoding step: 0 of 1 attention calls rewritten" in printed and f"1 x {LENGTH + 1}" in printed
     decoded = re.findall(r"^decoded after a (?:sparse|dense) prefill +\[(.*)\]", printed, re.MULTILINE)
     assert len(decoded) == 2 and all(len(tokens.split(", ")) == 3 for tokens in decoded)
@@ -81,7 +81,7 @@ def test_transformers_prefill(load_example, capsys, tmp_path):
     arguments = ["--model", tmp_path, "--text", text, "--new-tokens", 2]
     printed = run(example, capsys, *arguments, "--tokens", 700)
     check(printed, "1 of 1")
-    assert "random" not in printed and "700 x 700" in printed
+    assert "Random weights" not in printed and "700 x 700" in printed
     with pytest.raises(SystemExit, match="has 900 tokens: lower --tokens or name a longer --text"):
         run(example, capsys, *arguments, "--tokens", 901)
 
@@ -94,14 +94,14 @@ def test_vit_high_resolution(load_example, capsys, tmp_path):
     example = load_example("vit_high_resolution")
     printed = run(example, capsys, "--size", 364, "--layers", 1)
     check(printed, "1 of 1")
-    assert "random" in printed and "677 x 677" in printed
+    assert "Random weights" in printed and "677 x 677" in printed
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     ViTModel(ViTConfig(image_size=64, patch_size=8, **sizes)).save_pretrained(tmp_path)
     Image.effect_noise((60, 40), 50).save(tmp_path / "photo.png")
     printed = run(example, capsys, "--model", tmp_path, "--image", tmp_path / "photo.png", "--size", 208)
     check(printed, "1 of 1")
-    assert "random" not in printed and "677 x 677" in printed
+    assert "Random weights" not in printed and "677 x 677" in printed
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -111,14 +111,14 @@ def test_diffusers_video(load_example, capsys, tmp_path):
     profile = tmp_path / "profile.json"
     printed = run(example, capsys, *sizes, "--blocks", "--profile", profile)
     check(printed, "2 of 4")
-    assert "random" in printed and printed.count("attached profile") == 2
+    assert "Random weights" in printed and printed.count("attached profile") == 2
     assert sorted(sparge.Profile.load(profile).sites) == ["blocks.0.attn1", "blocks.1.attn1"]
 
     save_ltx_pipeline(example.random_pipeline(1), tmp_path / "pipeline")
     sizes = ["--frames", 17, "--height", 512, "--width", 512, "--steps", 2]  # as many tokens
     printed = run(example, capsys, *sizes, "--whole", "--model", tmp_path / "pipeline")
     check(printed, "1 of 2")
-    assert "random" not in printed and printed.count("rule full") == 1
+    assert "Random weights" not in printed and printed.count("rule full") == 1
 
 
 def save_ltx_pipeline(wan: DiffusionPipeline, folder: Path) -> None:
