@@ -5,7 +5,7 @@
 
 Without --model a small Qwen3 with random weights reads bytes. One decoded token asks one query, which sparse attention
 cannot make cheaper, so only the prefill is compiled here. Under `model.compile(backend="sparge")` and `generate` the
-decoding steps come to the same backend: they stay dense, with a warning for each of their graphs.
+decoding steps come to the same backend: they stay dense.
 """
 
 from __future__ import annotations

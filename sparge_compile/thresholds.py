@@ -32,7 +32,8 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     minimum = min_tokens(policy, device, claim.precision)
     long_enough = _reaches(query.shape[2], key.shape[2], minimum)
     if long_enough is False:
-        lengths = f"{dynamo.hint(query.shape[2])} queries and {dynamo.hint(key.shape[2])} keys"
+        q_len, k_len = dynamo.hint(query.shape[2]), dynamo.hint(key.shape[2])
+        lengths = f"{q_len} {'query' if q_len == 1 else 'queries'} and {k_len} {'key' if k_len == 1 else 'keys'}"
         return Refusal(f"{lengths}, min_tokens is {minimum}: sparse attention does not pay on short calls")
     choice = _choose(claim, policy)
     unmeasured = ops.unmeasured(device, claim.dtype, claim.precision) if policy.min_tokens is None else None

@@ -1,5 +1,7 @@
 """Training, transforms, regions and strictness through a compile: what is not plain inference stays as it was."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +125,16 @@ def test_nothing_rewritten_is_said_out_loud_and_something_rewritten_is_not():
     backend.policy = Policy(min_tokens=99)
     with torch.no_grad(), pytest.warns(UserWarning, match=r"none of 1 attention calls.*\n.*min_tokens is 99"):
         torch.compile(lambda q: SDPA(q, q, q), backend=backend)(qkv()[0])
+
+
+def test_a_step_of_decoding_is_not_said_out_loud_but_reported():
+    q, k, v = qkv()
+    backend = run(SDPA, q, k, v)[1]
+    backend.policy = Policy(min_tokens=9)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(lambda q, k, v: SDPA(q, k, v), backend=backend)(q[:, :, :1], k, v)
+    assert backend.rewritten[-1] is False
 
 
 def test_a_chosen_kernel_is_left_alone():
