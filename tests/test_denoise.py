@@ -1,0 +1,145 @@
+"""The denoising example: its scenes, its committed weights dense and sparse, its training and its picture."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sparge_compile as sparge
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "denoise"
+NAMES = ("textures", "scenes", "model", "train", "picture", "run")
+
+
+@pytest.fixture(scope="module")
+def denoise():
+    """The example's modules; examples are no package, and others have modules of these names too."""
+    before = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    sys.path.insert(0, str(EXAMPLE))
+    try:
+        return SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+    finally:
+        while str(EXAMPLE) in sys.path:
+            sys.path.remove(str(EXAMPLE))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+
+
+@pytest.fixture(scope="module")
+def example(denoise):
+    """(model, clean, noisy): the committed weights and a test picture of 1024 tokens."""
+    seed = denoise.scenes.FIRST_TEST_SEED
+    clean = denoise.scenes.scene(seed, 128)
+    return denoise.model.load_pretrained(), clean, denoise.scenes.add_noise(clean, seed)
+
+
+def psnr(image: torch.Tensor, clean: torch.Tensor) -> float:
+    return -10 * (image.clamp(0, 1) - clean).square().mean().log10().item()
+
+
+def test_equal_seeds_give_equal_scenes_and_other_seeds_do_not(denoise):
+    first, again, other = (denoise.scenes.scene(seed, 96, 128) for seed in (5, 5, 6))
+    assert first.shape == (3, 96, 128) and first.dtype == torch.float32
+    assert torch.equal(first, again)
+    assert (first - other).abs().mean() > 0.05
+    assert first.min() >= 0 and first.max() <= 1
+    assert first.std() > 0.05
+
+
+def test_scenes_refuse_sizes_that_are_no_multiple_of_a_patch(denoise):
+    for size in (130, 68):
+        with pytest.raises(ValueError, match="multiples of 4, 72 or more"):
+            denoise.scenes.scene(0, size)
+
+
+def test_noise_has_the_deviation_it_claims_and_is_the_same_again(denoise):
+    clean = torch.full((3, 128, 128), 0.5)
+    noisy = denoise.scenes.add_noise(clean, 3, sigma=0.25)
+    assert torch.equal(noisy, denoise.scenes.add_noise(clean, 3, sigma=0.25))
+    assert (noisy - clean).std().item() == pytest.approx(0.25, rel=0.02)
+
+
+def test_weights_are_small_and_match_their_recorded_config(denoise):
+    from safetensors import safe_open
+
+    assert denoise.model.WEIGHTS_PATH.stat().st_size < 4e6
+    with safe_open(denoise.model.WEIGHTS_PATH, "pt") as file:
+        recorded = file.metadata()
+    config = denoise.model.DenoiserConfig()
+    assert recorded == {name: str(getattr(config, name)) for name in recorded}
+    assert recorded["dim"] == str(config.dim)
+
+
+def test_committed_weights_remove_most_of_the_noise(example):
+    model, clean, noisy = example
+    assert psnr(model(noisy[None])[0], clean) > psnr(noisy, clean) + 8
+
+
+def test_windows_of_a_picture_see_one_another_at_their_places(denoise, example):
+    """Cut in two and given its corners, a picture is attended to as the whole is: only convolutions see the cut."""
+    model, _, noisy = example
+    rotary = model.rotary
+    whole = denoise.model._positions(torch.zeros(1, 1, 2, dtype=torch.long), 32, 32)
+    halves = denoise.model._positions(torch.tensor([[[0, 0], [16, 0]]]), 16, 32)
+    assert torch.equal(whole, halves)
+    together = model(torch.stack(noisy.split(64, 1)), torch.tensor([[[0, 0], [16, 0]]]))
+    apart = model(torch.stack(noisy.split(64, 1)))
+    reference = model(noisy[None])[0]
+    assert rotary.frequencies.dtype == torch.float32
+    away = slice(0, 20)  # rows of pixels that are out of the convolutions' reach of the cut
+    near, far = ((x[0] - reference[:, :64])[:, away].abs().mean() for x in (together, apart))
+    assert near < far / 2
+
+
+def test_sparse_stays_close_to_dense_and_skips_tiles(example):
+    model, clean, noisy = example
+    compiled = torch.compile(model, backend="sparge")
+    with torch.no_grad(), sparge.rewriting(min_tokens=128):
+        sparse = compiled(noisy[None])[0]
+        report = sparge.explain(compiled, noisy[None], timing=False)
+    dense = model(noisy[None])[0]
+    assert len(report.rewritten) == model.config.layers
+    assert (sparse - dense).abs().mean() < 0.02
+    assert abs(psnr(sparse, clean) - psnr(dense, clean)) < 0.3
+    assert not torch.equal(sparse, dense)
+
+
+def test_run_prints_its_table_and_saves_a_picture(tmp_path):
+    picture = tmp_path / "picture.png"
+    command = [sys.executable, str(EXAMPLE / "run.py"), "--size", "128", "--min-tokens", "128", "--out", str(picture)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"\d+ of \d+ attention calls rewritten", result.stdout)
+    rows = dict(re.findall(r"^(noisy|dense|sparse) +([\d.]+)", result.stdout, re.MULTILINE))
+    assert float(rows["dense"]) > float(rows["noisy"]) + 8
+    assert abs(float(rows["sparse"]) - float(rows["dense"])) < 0.3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_learns_goes_on_from_its_checkpoint_and_saves_weights(denoise, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(denoise.train, "SCENE_SIDE", 128)
+    monkeypatch.setattr(denoise.train, "POOL", 2)
+    stages = (denoise.train.Stage(1.0, ((1, 8), (4, 4))),)
+    monkeypatch.setattr(denoise.train, "CURRICULUM", stages)
+    arguments = SimpleNamespace(
+        seed=0, learning_rate=2e-3, checkpoint=tmp_path / "checkpoint.pt", steps=3, tokens_per_step=128, bf16=False
+    )
+    scenes = denoise.train.Scenes(0, size=2)
+    started = denoise.model.Denoiser()
+    optimizers = denoise.train.Optimizers(started, 2e-3)
+    denoise.train.save_checkpoint(arguments.checkpoint, started, optimizers, 1, scenes.next_seed, denoise.train.Clock())
+    before = {name: tensor.clone() for name, tensor in started.state_dict().items()}
+    trained = denoise.train.train(arguments)
+    assert "goes on from step 1" in capsys.readouterr().out
+    changed = [not torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items()]
+    assert all(changed), "a parameter was not trained"
+    denoise.model.save_weights(trained, tmp_path / "weights.safetensors")
+    loaded = denoise.model.load_pretrained(tmp_path / "weights.safetensors")
+    noisy = torch.rand(1, 3, 32, 32)
+    assert torch.allclose(loaded(noisy), trained(noisy), atol=1e-2)
