@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import logging
+import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import fx
 
-from sparge_compile import context, dynamo
+from sparge_compile import context, dynamo, graph_diff
 from sparge_compile.claim import claim
 from sparge_compile.graph import blocker, written_nodes
 from sparge_compile.inductor import KEEPS_PASS_OFF, misread_by_attention_pass
+from sparge_compile.logs import log, log_graph
 from sparge_compile.markers import Marker, tables_of, take_markers, with_table
 from sparge_compile.matchers import find_sites
 from sparge_compile.policy import Policy, replace, split_options
 from sparge_compile.proof import prove
-from sparge_compile.report import LAST, SiteReport, describe
+from sparge_compile.report import LAST, SiteReport
+from sparge_compile.report_sites import describe
 from sparge_compile.rewrite import rewrite
 from sparge_compile.site import AttentionSite, Claim, Decision, Refusal, StrictPolicyError
 from sparge_compile.thresholds import decide
-
-log = logging.getLogger("sparge_compile")
 
 
 def sparge(
@@ -64,8 +64,14 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
         gm: a TorchDynamo graph.
         base: the policy of the compile, before the contexts around it.
     """
-    markers = take_markers(gm)
-    policy, outcomes = decide_sites(gm, base, markers)
+    return [report for _, report in transform_sites(gm, base)]
+
+
+def transform_sites(gm: fx.GraphModule, base: Policy) -> list[tuple[AttentionSite, SiteReport]]:
+    """`transform`, with the site of each report. The nodes of those that stay dense are still in the graph."""
+    started = time.perf_counter()
+    before = graph_diff.readable(gm) if graph_diff.is_wanted() else None
+    policy, outcomes = decide_sites(gm, base, take_markers(gm))
     if not outcomes:
         log.debug("no attention call in a graph of %d nodes", len(gm.graph.nodes))
         return []
@@ -73,8 +79,11 @@ def transform(gm: fx.GraphModule, base: Policy) -> list[SiteReport]:
     reports = [describe(site, outcome, variant) for site, outcome in outcomes]
     _check_strict(policy, reports)
     rewrite(gm, [outcome for _, outcome in outcomes if isinstance(outcome, Decision)])
-    _announce(policy, reports)
-    return reports
+    log_graph(reports, time.perf_counter() - started)
+    if before is not None:
+        graph_diff.log_difference(before, graph_diff.readable(gm))
+    _warn_if_all_dense(policy, reports)
+    return [(site, report) for (site, _), report in zip(outcomes, reports, strict=True)]
 
 
 def decide_sites(
@@ -156,10 +165,8 @@ def _check_strict(policy: Policy, reports: Sequence[SiteReport]) -> None:
         )
 
 
-def _announce(policy: Policy, reports: Sequence[SiteReport]) -> None:
-    """Every rewrite goes to the log; a graph in which nothing was rewritten is said out loud."""
-    for report in reports:
-        log.info("%s: %s", report.name, "rewritten" if report.rewritten else f"dense, {report.reason}")
+def _warn_if_all_dense(policy: Policy, reports: Sequence[SiteReport]) -> None:
+    """A graph in which nothing was rewritten is said out loud."""
     if policy.enabled and not any(report.rewritten or report.requested for report in reports):
         reasons = sorted({report.reason or "" for report in reports})
         warnings.warn(

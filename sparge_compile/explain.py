@@ -13,25 +13,26 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from sparge_compile import context, dynamo
-from sparge_compile.attach import attached_thresholds
-from sparge_compile.backend import transform
-from sparge_compile.markers import ATTACHED_SOURCE
+from sparge_compile import context, dynamo, graph_diff
+from sparge_compile.backend import transform_sites
+from sparge_compile.explain_calls import Collector, watch_dense_calls
 from sparge_compile.policy import Policy, split_options
-from sparge_compile.report import Report, SiteReport
-from sparge_compile.watch import NONE_SEEN, OUTSIDE, Watcher, module_running, run_aside
-from sparge_kernels import ops
-
-_DENSE_AT_RUN_TIME = "the operator ran it dense: at run time there were fewer queries or keys than min_tokens, or none"
+from sparge_compile.report import Report
+from sparge_compile.watch import NONE_SEEN, module_running, run_aside
 
 
-def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    policy: Policy | None = None,
+    timing: bool = True,
+    tile_maps: Sequence[str] = (),
+    **kwargs: Any,
+) -> Report:
     """Runs `model(*args, **kwargs)` once, without gradients, and reports every attention call.
 
     Args:
@@ -39,6 +40,13 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
             towards torch's limit of compiled variants; later versions keep explain's apart.)
         *args, **kwargs: what to call it with. The run has the side effects a call has (a cache is filled).
         policy: the policy to explain. None: the one in force here, on top of the `options` of a compiled model.
+        timing: time each rewritten call too, on its own tensors: once as the operator and once densely, as
+            F.scaled_dot_product_attention with its dtype, mask (or is_causal) and number of heads, after one run of
+            both to warm up for each kind of call. So the attention part of the run takes about one dense and one sparse
+            run longer, and memory for one more output. Calls of F.scaled_dot_product_attention that stay dense are
+            timed once more as they are, unless they have dropout.
+        tile_maps: patterns (fnmatch) of the names of sites whose tiles are kept for `Report.tile_map`: for each of
+            their batches and query heads q_len * k_len / 8192 bytes.
 
     Returns:
         A `Report`. Rewritten sites carry the density measured in this run, averaged over batch and heads. A site that
@@ -47,13 +55,16 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
     Raises:
         StrictPolicyError: the policy is strict and a call cannot be rewritten.
         ProfileError: the policy's profile was made for another model.
+        TypeError: tile_maps is a string.
     """
+    if isinstance(tile_maps, str):
+        raise TypeError(f"tile_maps={tile_maps!r}: must be a tuple of patterns; write tile_maps=({tile_maps!r},).")
     target, options = dynamo.uncompiled(model)
     chosen = context.in_force(split_options(options)[0]) if policy is None else policy
     if chosen.enabled and chosen.profile is not None and isinstance(target, nn.Module):
         chosen.profile.check_model(target)  # here, where the warnings are heard
         chosen.profile.warn_of_missing_sites(target)
-    collector = _Collector(target)
+    collector = Collector(target, timing, tuple(tile_maps))
     token = _COLLECTOR.set(collector)
     try:
         with warnings.catch_warnings(), run_aside(target, _report_when_run, chosen) as compiled:
@@ -62,13 +73,18 @@ def explain(model: Callable[..., Any], *args: Any, policy: Policy | None = None,
                 compiled(*args, **kwargs)
     finally:
         _COLLECTOR.reset(token)
-    sites = tuple(collector.sites.values())
-    return Report(sites, collector.notes or (() if sites else (NONE_SEEN,)))
+    sites = collector.sites
+    notes = collector.notes or (() if sites else (NONE_SEEN,))
+    return Report(sites, notes, tuple(collector.diffs), collector.tiles)
 
 
 def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """A TorchDynamo backend: rewrites, and reports to the `explain` in progress whenever the graph runs."""
-    sites = transform(gm, Policy())
+    before = graph_diff.readable(gm)
+    outcomes = transform_sites(gm, Policy())
+    diff = graph_diff.difference(before, graph_diff.readable(gm)) if outcomes else ""
+    watch_dense_calls(gm, outcomes, _COLLECTOR.get)
+    sites = [report for _, report in outcomes]
     traced_in = module_running(sys._getframe(1))
     forward = gm.forward
 
@@ -76,65 +92,10 @@ def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
         collector = _COLLECTOR.get()
         if collector is None:
             return forward(*inputs)
-        with ops.record_stats() as records, collector.inside_graph():
-            outputs = forward(*inputs)
-        collector.add(_with_stats(sites, records), traced_in, module_running(sys._getframe(1)))
-        return outputs
+        with collector.graph_runs(sites, diff, traced_in, module_running(sys._getframe(1))):
+            return forward(*inputs)
 
     return run
 
 
-def _with_stats(sites: Sequence[SiteReport], records: Sequence[ops.StatsRecord]) -> list[SiteReport]:
-    """The sites as they ran: of those rewritten, one entry if sparse, one if dense, both if calls of it differ."""
-    measured = []
-    for site in sites:
-        of_site = [record for record in records if record.site == site.name]
-        ran_sparse = [record for record in of_site if record.ran == "sparse"]
-        if ran_sparse:
-            density = torch.stack([record.density.mean() for record in ran_sparse]).mean().item()
-            pv_skipped = torch.stack([record.pv_skipped.mean() for record in ran_sparse]).mean().item()
-            measured.append(replace(site, density=density, pv_skipped=pv_skipped))
-        if len(ran_sparse) < len(of_site):
-            measured.append(_ran_dense(site))
-        if not of_site:
-            measured.append(site)
-    return measured
-
-
-def _ran_dense(site: SiteReport) -> SiteReport:
-    return replace(
-        site,
-        rewritten=False,
-        reason=_DENSE_AT_RUN_TIME,
-        thresholds=(),
-        threshold_source=None,
-        predictor=None,
-        expected_density=None,
-    )
-
-
-class _Collector(Watcher):
-    """The sites of one `explain`, by name, place in the source and how they ran, in the order they ran."""
-
-    def __init__(self, target: Callable[..., Any]) -> None:
-        super().__init__(target)
-        self._target = target
-        self.sites: dict[tuple[str, str, bool], SiteReport] = {}
-
-    def add(self, sites: Sequence[SiteReport], traced_in: nn.Module | None, running: nn.Module | None) -> None:
-        """Adds the sites of a graph that ran."""
-        for site in sites:
-            name = self.name_of(site.name, traced_in, running)
-            if site.threshold_source == ATTACHED_SOURCE:
-                attached = attached_thresholds(self._target, name)
-                site = replace(site, thresholds=tuple(asdict(entry) for entry in attached))
-            self._list(replace(site, name=name))
-
-    def ran_outside(self, name: str, source: str, pattern: str) -> None:
-        self._list(SiteReport(name, rewritten=False, reason=OUTSIDE, source=source, pattern=pattern))
-
-    def _list(self, site: SiteReport) -> None:
-        self.sites[site.name, site.source, site.rewritten] = site
-
-
-_COLLECTOR: ContextVar[_Collector | None] = ContextVar("sparge_explain", default=None)
+_COLLECTOR: ContextVar[Collector | None] = ContextVar("sparge_explain", default=None)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
-from sparge_compile import dynamo
-from sparge_compile.dynamo import Size
-from sparge_compile.site import AttentionSite, Decision, Refusal
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,14 @@ class SiteReport:
         expected_density: what a profile measured, or `topk`; None where only a run can tell.
         variant: how many variants of the call's code torch had compiled with this one; it keeps
             torch.compiler.config.recompile_limit of them.
-        density: share of the visible tiles that were computed, from `explain`'s run; None if not measured.
+        density: share of the visible tiles that were computed, from `explain`'s run: the mean over calls, batch and
+            heads; None if not measured.
         pv_skipped: share of the computed tiles whose P V product was skipped; None if not measured.
+        head_densities: density of each query head, the mean over calls and batch; None if not measured.
+        calls: how often it ran in `explain`'s run; None where nothing ran.
+        dense_ms, sparse_ms: milliseconds that all its calls took together, each run on its own tensors as
+            F.scaled_dot_product_attention, and as rewritten, prediction and quantization included. sparse_ms is None if
+            it stayed dense; both are None if it was not timed.
     """
 
     name: str
@@ -66,14 +74,27 @@ class SiteReport:
     bucket: str | None = None
     expected_density: float | None = None
     variant: int | None = None
+    head_densities: tuple[float, ...] | None = None
+    calls: int | None = None
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every attention call of a compile: `print(report)` is a table, `report.to_json()` the same as JSON."""
+    """Every attention call of a compile: `print(report)` is a table, `report.to_json()` the same as JSON.
+
+    Attributes:
+        sites: one entry per call; a call that ran both ways has two.
+        notes: what a reader must know besides.
+        diffs: a unified diff for each graph that was changed; None unless `explain` made the report.
+        tiles: by site name, bool [batch, heads, q_tiles, k_tiles] of the last call; those that `explain` was asked for.
+    """
 
     sites: tuple[SiteReport, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    diffs: tuple[str, ...] | None = field(default=None, repr=False)
+    tiles: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rewritten(self) -> tuple[SiteReport, ...]:
@@ -85,113 +106,107 @@ class Report:
         """Sites that kept their original call."""
         return tuple(site for site in self.sites if not site.rewritten)
 
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as all dense the attention part ran, by the times of this run; None if not timed.
+
+        The sum of `dense_ms` over that of `sparse_ms`. A call that stayed dense and was timed counts in both sums with
+        its dense time; what was not timed, in none. Below 1: it was slower.
+        """
+        timed = [site for site in self.sites if site.dense_ms is not None]
+        now = sum((site.sparse_ms if site.rewritten else site.dense_ms) or 0.0 for site in timed)
+        return sum(site.dense_ms or 0.0 for site in timed) / now if now > 0 else None
+
+    def tile_map(self, site: str, head: int, batch: int = 0) -> Tensor:
+        """The tiles that the kernel computed for one query head in the last call of a site, as it chose them.
+
+        Args:
+            site: a site's name; `explain(..., tile_maps=(site,))` keeps its tiles.
+            head: query head, from 0.
+            batch: from 0.
+
+        Returns:
+            bool [q_tiles, k_tiles], on the CPU: True where a tile of 128 queries x 64 keys was computed.
+
+        Raises:
+            KeyError: no such site, it stayed dense, or its tiles were not kept.
+            ValueError: no such head or batch.
+        """
+        if site not in self.tiles:
+            raise KeyError(self._why_no_tiles(site))
+        tiles = self.tiles[site]
+        for what, index, size in (("batch", batch, tiles.shape[0]), ("head", head, tiles.shape[1])):
+            if not 0 <= index < size:
+                raise ValueError(f"{what}={index}: {site} has {size}; 0 to {size - 1} is allowed.")
+        return tiles[batch, head]
+
+    def _why_no_tiles(self, site: str) -> str:
+        of_name = [one for one in self.sites if one.name == site]
+        if not of_name:
+            close = difflib.get_close_matches(site, [one.name for one in self.sites], n=3)
+            return f"no site is named {site!r}" + (f"; did you mean {' or '.join(close)}?" if close else ".")
+        if not any(one.rewritten for one in of_name):
+            return f"{site} stayed dense, so every tile was computed: {of_name[0].reason}"
+        return f"the tiles of {site} were not kept; explain(model, ..., tile_maps=({site!r},)) keeps them."
+
+    def diff(self) -> str:
+        """What was changed in the graphs, as unified diffs of their readable text; empty if nothing was.
+
+        Raises:
+            ValueError: the report is not one of `explain`, and holds no graphs.
+        """
+        if self.diffs is None:
+            raise ValueError(
+                "this report holds no graphs; explain(model, ...).diff() does, and "
+                "TORCH_LOGS=+sparge_compile.graph_diff logs those of a compile."
+            )
+        return "\n".join(self.diffs)
+
+    def plot(self, site: str | None = None, head: int = 0) -> Figure:
+        """A matplotlib figure: the densities of all sites and heads, or the tile map of one head of one site.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            KeyError, ValueError: as `tile_map`; ValueError too if there is no site to show.
+        """
+        from sparge_compile import report_plot
+
+        return report_plot.densities(self) if site is None else report_plot.tiles(self, site, head)
+
     def to_json(self) -> str:
-        """The report as a JSON object with the keys `sites` and `notes`."""
-        return json.dumps({"sites": [asdict(site) for site in self.sites], "notes": list(self.notes)}, indent=1)
+        """The report as a JSON object: `sites`, `notes`, `speedup`, `diffs`. Numbers that are not finite are null."""
+        content = {
+            "sites": [asdict(site) for site in self.sites],
+            "notes": self.notes,
+            "speedup": self.speedup,
+            "diffs": self.diffs,
+        }
+        return json.dumps(_finite(content), indent=1, allow_nan=False)
+
+    def show(self, file: IO[str] | None = None) -> None:
+        """Prints the table to `file` (None: the standard output), in colours if that is a terminal that has them."""
+        from sparge_compile import report_text
+
+        report_text.show(self, file)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.rewritten)} of {len(self.sites)} attention calls rewritten"]
-        if self.sites:
-            lines += _table([_HEADER, *(_row(site) for site in self.sites)])
-        lines += [f"{site.name}: {site.reason}" for site in self.dense]
-        return "\n".join([*lines, *_recompiles(self.sites), *self.notes])
+        from sparge_compile import report_text
+
+        return report_text.plain(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from sparge_compile import report_text
+
+        yield from report_text.rendered(self, options.max_width)
 
 
-_HEADER = ("site", "rewritten", "queries x keys", "heads x dim", "dtype", "mask", "thresholds", "density", "pattern")
-
-
-def _row(site: SiteReport) -> tuple[str, ...]:
-    return (
-        site.name,
-        "yes" if site.rewritten else "no",
-        f"{_shown(site.q_len)} x {_shown(site.k_len)}",
-        f"{_shown(site.heads)} x {_shown(site.head_dim)}",
-        _shown(site.dtype),
-        "causal" if site.is_causal else ("given" if site.masked else "-"),
-        _shown(site.threshold_source),
-        _density(site),
-        site.pattern,
-    )
-
-
-def _density(site: SiteReport) -> str:
-    """What a run measured, else what is expected of it."""
-    if site.density is not None:
-        return f"{site.density:.3f}"
-    return "-" if site.expected_density is None else f"~{site.expected_density:.3f}"
-
-
-def _recompiles(sites: Sequence[SiteReport]) -> list[str]:
-    """A line for each number of variants beyond the first."""
-    numbers = sorted({site.variant for site in sites if site.variant is not None and site.variant > 1})
-    limit = dynamo.recompile_limit()
-    return [
-        f"compiled {number} times (torch keeps {limit} variants, then runs eagerly): "
-        + ", ".join(site.name for site in sites if site.variant == number)
-        for number in numbers
-    ]
-
-
-def _shown(value: Any) -> str:
-    return "-" if value is None else str(value)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def describe(site: AttentionSite, outcome: Decision | Refusal, variant: int | None = None) -> SiteReport:
-    """The report line of one decided site; `variant`: as in `SiteReport`."""
-    sizes = _sizes(site)
-    output = dynamo.example(site.node) if site.output is None else dynamo.example(site.output.node)
-    common = {
-        "name": site.name,
-        "pattern": site.pattern,
-        "source": site.source,
-        "variant": variant,
-        "dtype": str(output.dtype).removeprefix("torch.") if isinstance(output, torch.Tensor) else None,
-        **sizes,
-    }
-    if isinstance(outcome, Refusal):
-        is_causal = site.is_causal if site.pattern == "sdpa" and isinstance(site.is_causal, bool) else None
-        return SiteReport(
-            rewritten=False,
-            reason=outcome.reason,
-            requested=outcome.requested,
-            is_causal=is_causal,
-            masked=None if site.query is None else bool(site.masks),
-            **common,
-        )
-    thresholds = tuple(asdict(entry) for entry in outcome.thresholds)
-    return SiteReport(
-        rewritten=True,
-        reason=None,
-        is_causal=outcome.claim.is_causal,
-        masked=bool(outcome.claim.masks),
-        thresholds=thresholds,
-        threshold_source=outcome.source,
-        predictor=outcome.predictor,
-        bucket=outcome.bucket,
-        expected_density=outcome.expected_density,
-        **common,
-    )
-
-
-def _sizes(site: AttentionSite) -> dict[str, Any]:
-    if site.query is None or site.key is None:
-        return {}
-    _, heads, q_len, head_dim = site.query.shape
-    return {
-        "q_len": _length(q_len),
-        "k_len": _length(site.key.shape[2]),
-        "heads": dynamo.hint(heads),
-        "head_dim": dynamo.hint(head_dim),
-    }
-
-
-def _length(size: Size) -> int | str:
-    return size if isinstance(size, int) else str(size)
+def _finite(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _LastReport:

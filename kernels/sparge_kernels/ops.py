@@ -28,9 +28,7 @@ differentiation passes it by, as every operator of torch.library: `sparge_compil
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,9 +38,11 @@ from torch import Tensor
 
 from sparge_kernels.checks import DEVICES, check_call, check_mask, check_static, check_thresholds, supported_device
 from sparge_kernels.mask_inputs import attending, fill_empty_rows
+from sparge_kernels.records import CallTimer, Recorder, StatsRecord, record_stats, recording
 from sparge_kernels.thresholds import DEFAULT_PREDICTOR, Thresholds, unpack
 
 __all__ = [
+    "CallTimer",
     "StatsRecord",
     "check_static",
     "has_int8_products",
@@ -70,30 +70,6 @@ torch.library.define(
     f"{_ARGUMENTS} -> (Tensor output, Tensor density, Tensor pv_skipped)",
     tags=_TAGS,
 )
-
-
-@dataclass(frozen=True)
-class StatsRecord:
-    """What one call did: density and pv_skipped are fp32 [B, Hq] on the call's device."""
-
-    site: str
-    density: Tensor
-    pv_skipped: Tensor
-    ran: Literal["sparse", "dense"]
-
-
-_records: ContextVar[list[StatsRecord] | None] = ContextVar("sparge_stats_records", default=None)
-
-
-@contextmanager
-def record_stats() -> Iterator[list[StatsRecord]]:
-    """Yields a list to which every sparge call inside, in this thread or task, appends a StatsRecord."""
-    records: list[StatsRecord] = []
-    token = _records.set(records)
-    try:
-        yield records
-    finally:
-        _records.reset(token)
 
 
 def unavailable(device: torch.device, has_mask: bool = False, k_len: int = 0) -> str | None:
@@ -133,7 +109,17 @@ def unmeasured(device: torch.device, dtype: torch.dtype, precision: str) -> str 
     return None
 
 
-def _run(
+@dataclass(frozen=True)
+class _Done:
+    """What a call computed. statistics: density and pv_skipped, if they were wanted."""
+
+    output: Tensor
+    statistics: tuple[Tensor, Tensor] | None
+    ran: Literal["sparse", "dense"]
+    tiles: Tensor | None
+
+
+def _compute(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -151,8 +137,9 @@ def _run(
     site: str = "",
     mask_hides: bool = False,
     empty_rows: str = "zero",
-    with_statistics: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    with_statistics: bool,
+    recorder: Recorder | None,
+) -> _Done:
     check_call(query, key, value, enable_gqa=enable_gqa, precision=precision, predictor=predictor, layout=layout)
     check_thresholds(thresholds, threshold_table, query)
     check_mask(attn_mask, query, key, is_causal=is_causal, hides=mask_hides, empty_rows=empty_rows)
@@ -160,13 +147,12 @@ def _run(
         attn_mask = attending(attn_mask, mask_hides)
     out = _empty_output(query, value, layout)
     per_head = _per_head(query, thresholds, threshold_table)
-    records = _records.get()
-    with_statistics = with_statistics or records is not None
     runs_dense = min(query.shape[2], key.shape[2]) < (min_tokens or 0) or out.numel() == 0 or key.numel() == 0
     if not runs_dense and (reason := unavailable(query.device, attn_mask is not None, key.shape[2])):
         # Who compiles here never gets here: a program exported elsewhere does, or one whose environment has changed.
-        warnings.warn(f"sparge::attention runs dense: {reason}", stacklevel=2)
+        warnings.warn(f"sparge::attention runs dense: {reason}", stacklevel=3)
         runs_dense = True
+    kept = None if recorder is None or runs_dense else recorder.room_for_tiles(site, query, key)
     with torch.autocast(query.device.type, enabled=False):
         if runs_dense:
             _dense(query, key, value, attn_mask, is_causal, scale, enable_gqa, out)
@@ -184,13 +170,19 @@ def _run(
                 predictor=predictor,
                 out=out,
                 with_statistics=with_statistics,
+                kept=kept,
             )
         if attn_mask is not None:
             fill_empty_rows(out, value, attn_mask, empty_rows)
-    density, pv_skipped = statistics or (None, None)
-    if records is not None and density is not None and pv_skipped is not None:
-        records.append(StatsRecord(site, density, pv_skipped, "dense" if runs_dense else "sparse"))
-    return out, density, pv_skipped
+    return _Done(out, statistics, "dense" if runs_dense else "sparse", kept)
+
+
+def _run(*args: Any, with_statistics: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    recorder = recording()
+    done = _compute(*args, **kwargs, with_statistics=with_statistics or recorder is not None, recorder=recorder)
+    if recorder is not None and done.statistics is not None:
+        recorder.add(StatsRecord(kwargs.get("site", ""), *done.statistics, done.ran, done.tiles), args, kwargs)
+    return done.output, *(done.statistics or (None, None))
 
 
 def _per_head(query: Tensor, thresholds: Sequence[float], table: Tensor | None) -> list[Thresholds] | Tensor:

@@ -64,7 +64,7 @@ def _compare_runs(
     of_sparse = buffers.now()
     if not any(record.ran == "sparse" for record in records):
         buffers.restore()
-        report = explain(model, *spare[0], policy=policy, **spare[1])
+        report = explain(model, *spare[0], policy=policy, timing=False, **spare[1])
         otherwise = _COMPILED_OTHERWISE if report.rewritten and dynamo.is_compiled(model) else ""
         return f"no attention call ran sparsely, so there is nothing to compare.\n{report}{otherwise}"
     actual = comparable(output)

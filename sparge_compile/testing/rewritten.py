@@ -32,7 +32,7 @@ def assert_rewritten(
         AssertionError: another number; its text has the report and the reason of every call that stayed dense.
         Whatever `explain` or the model raises.
     """
-    report = explain(model, *args, policy=policy, **kwargs)
+    report = explain(model, *args, policy=policy, timing=False, **kwargs)
     if len(report.rewritten) != count:
         expected = f"expected {count} attention {'call' if count == 1 else 'calls'} to be rewritten"
         raise AssertionError(f"{expected}, {len(report.rewritten)} of {len(report.sites)} were.\n{report}")

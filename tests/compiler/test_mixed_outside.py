@@ -106,7 +106,7 @@ def test_a_softmax_outside_graphs_is_noted_with_its_line(softmax):
 
     report = sparge.explain(lambda x: outside(x) + 1, X)
     (note,) = report.notes
-    assert "attention written out by hand" in note and f"{__file__}:" in note and note in str(report)
+    assert "attention written out by hand" in note and f"{__file__}:" in note and note in " ".join(str(report).split())
     assert report.sites == ()
 
 
@@ -197,7 +197,7 @@ def test_where_nothing_was_seen_a_note_says_what_is_not(call):
     report = explained(lambda q: call(q), Q)
     assert report.sites == ()
     (note,) = report.notes
-    assert "functools.partial, map" in note and "threads" in note and note in str(report)
+    assert "functools.partial, map" in note and "threads" in note and note in " ".join(str(report).split())
 
 
 def with_a_profiler(q):

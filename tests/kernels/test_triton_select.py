@@ -56,11 +56,10 @@ def assert_lists(selection: select.Selection, kept: Tensor, exact: Tensor, visib
 
 
 def listed(selection: select.Selection) -> Tensor:
-    """The kept tiles, bool [B, H, nQ, nK]."""
-    tiles, counts = selection.tiles.cpu(), selection.counts.cpu()[..., :2].sum(-1, keepdim=True)
-    in_list = torch.arange(tiles.shape[-1]) < counts
-    kept = torch.zeros(*tiles.shape[:3], tiles.shape[-1] + 1, dtype=torch.int32)
-    return kept.scatter_add(-1, torch.where(in_list, tiles, tiles.shape[-1]).long(), in_list.int())[..., :-1] == 1
+    """The kept tiles, bool [B, H, nQ, nK]; none is listed twice."""
+    kept = selection.kept().cpu()
+    assert torch.equal(kept.sum(-1), selection.counts.cpu()[..., :2].sum(-1))
+    return kept
 
 
 def assert_rounding_exchanges(

@@ -74,6 +74,7 @@ def attention(
     predictor: str,
     out: Tensor,
     with_statistics: bool = True,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Runs the chosen kernel, which `unavailable` has no reason against; `native.attention` has the contract."""
     options: dict[str, Any] = {
@@ -83,6 +84,7 @@ def attention(
         "precision": precision,
         "predictor": predictor,
         "out": out,
+        "kept": kept,
     }
     if chosen_kernel() == "blocked":
         from sparge_kernels.cpu import blocked

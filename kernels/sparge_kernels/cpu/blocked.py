@@ -91,11 +91,13 @@ def attention(
     precision: str,
     predictor: str,
     out: Tensor,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Writes the attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D / Dv] to out [B, Hq, Sq, Dv].
 
     One threshold entry per query head; any strides; no empty tensors. Query head h reads kv head
-    h // (Hq // Hkv). Returns density and pv_skipped, fp32 [B, Hq].
+    h // (Hq // Hkv). Returns density and pv_skipped, fp32 [B, Hq]; writes stage 1's map to `kept`, bool
+    [B, Hq, nQ, nK], if it is given.
     """
     group = q.shape[1] // k.shape[1]
     density, pv_skipped = (torch.empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
@@ -116,6 +118,8 @@ def attention(
         for (b, h, _), head in zip(q_heads, heads, strict=True):
             visible, skipped = (sum(n) for n in zip(*itertools.islice(counts, len(head.kept)), strict=True))
             computed = int(head.kept.sum())
+            if kept is not None:
+                kept[b, h] = head.kept
             density[b, h] = computed / visible
             pv_skipped[b, h] = skipped / computed
     return density, pv_skipped

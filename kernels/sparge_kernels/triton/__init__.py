@@ -95,12 +95,14 @@ def attention(
     out: Tensor,
     lse: Tensor | None = None,
     with_statistics: bool = True,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Writes the attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D / Dv] to out [B, Hq, Sq, Dv].
 
     thresholds: one entry per query head, or a table on q's device: fp64 [1 or Hq, 4], as thresholds.pack gives them.
     Any strides; no empty tensors; at most `MAX_KEYS` keys. Query head h reads kv head h // (Hq // Hkv).
     lse: fp32 [B, Hq, Sq], contiguous, receives ln of the sum of exp(score) over computed keys.
+    kept: bool [B, Hq, nQ, nK], receives the tiles that were chosen.
     Returns density and pv_skipped, fp32 [B, Hq], if `with_statistics`: a dozen small kernels more.
     """
     with _current(q.device):
@@ -116,6 +118,8 @@ def attention(
             predictor=predictor,
         )
         skipped = attend(prepared, out, lse)
+        if kept is not None:
+            kept.copy_(prepared.selection.kept())
         return statistics(prepared.selection, skipped, q.shape[2]) if with_statistics else None
 
 

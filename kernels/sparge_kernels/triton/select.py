@@ -46,6 +46,13 @@ class Selection:
     counts: Tensor  # int32 [B, Hq, nQ, 3]: quantized, exact, visible
     order: Tensor  # int32 [B, Hq, nQ]: query tiles, longest list first, of equal ones the later
 
+    def kept(self) -> Tensor:
+        """The lists as a map, bool [B, Hq, nQ, nK]."""
+        n_k = self.tiles.shape[-1]
+        listed = torch.arange(n_k, device=self.tiles.device) < self.counts[..., :2].sum(-1, keepdim=True)
+        room = torch.zeros(*self.tiles.shape[:3], n_k + 1, dtype=torch.bool, device=self.tiles.device)
+        return room.scatter_(-1, torch.where(listed, self.tiles, n_k).long(), True)[..., :-1]
+
 
 def select_tiles(
     queries: QueryTiles,
