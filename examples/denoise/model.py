@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 WEIGHTS_PATH = Path(__file__).parent / "weights.safetensors"
+TOKEN_BLOCK = 8  # tokens a side
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,34 @@ class Rotary(nn.Module):
         return torch.cat([first * cosines - second * sines, first * sines + second * cosines, rest], dim=-1)
 
 
+class Layout:
+    """Where tokens stand: their order in the sequence, and the angles of their positions.
+
+    Tokens follow one another block by block, not row by row: 64 or 128 neighbours in the sequence are then a compact
+    patch of the picture. What attention computes does not depend on the order, but how many of its tiles matter does.
+    """
+
+    def __init__(self, corners: Tensor, rows: int, columns: int, rotary: Rotary, block: int = TOKEN_BLOCK) -> None:
+        """corners: [pictures, windows, 2]. block: tokens a side; 1 for row by row."""
+        self.windows, self.rows, self.columns = corners.shape[1], rows, columns
+        row = torch.arange(rows, device=corners.device)[:, None].expand(rows, columns).flatten()
+        column = torch.arange(columns, device=corners.device).repeat(rows)
+        place = ((row // block * columns + column // block) * block + row % block) * block + column % block
+        self.order = place.argsort()
+        self.back = self.order.argsort()
+        positions = corners[:, :, None] + torch.stack([row, column], dim=-1)[self.order]
+        self.cosines, self.sines = rotary.angles(positions.flatten(1, 2))
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """[pictures * windows, dim, rows, columns] to [pictures, windows * rows * columns, dim]."""
+        return x.flatten(2).transpose(1, 2)[:, self.order].unflatten(0, (-1, self.windows)).flatten(1, 2)
+
+    def to_grid(self, tokens: Tensor) -> Tensor:
+        """The inverse of `to_tokens`."""
+        of_windows = tokens.unflatten(1, (self.windows, -1)).flatten(0, 1)[:, self.back]
+        return of_windows.transpose(1, 2).unflatten(2, (self.rows, self.columns))
+
+
 class Attention(nn.Module):
     """Self-attention over all tokens, with normalised queries and keys and logits that scale with log(tokens)."""
 
@@ -91,14 +120,13 @@ class Block(nn.Module):
             nn.Linear(config.dim, config.mlp_dim), nn.GELU(), nn.Linear(config.mlp_dim, config.dim)
         )
 
-    def forward(self, x: Tensor, windows: int, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Tokens [batch * windows, dim, rows, columns] to the same shape; the windows of one picture see each other."""
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """[pictures * windows, dim, rows, columns] to the same shape; the windows of one picture see each other."""
         x = x + self.neighbours(x)
-        rows, columns = x.shape[2:]
-        tokens = x.flatten(2).transpose(1, 2).unflatten(0, (-1, windows)).flatten(1, 2)
-        tokens = tokens + self.attention(self.attention_norm(tokens), cosines, sines)
+        tokens = layout.to_tokens(x)
+        tokens = tokens + self.attention(self.attention_norm(tokens), layout.cosines, layout.sines)
         tokens = tokens + self.mlp(self.mlp_norm(tokens))
-        return tokens.unflatten(1, (windows, -1)).flatten(0, 1).transpose(1, 2).unflatten(2, (rows, columns))
+        return layout.to_grid(tokens)
 
 
 class Denoiser(nn.Module):
@@ -129,19 +157,12 @@ class Denoiser(nn.Module):
         height, width = noisy.shape[2] // self.config.patch, noisy.shape[3] // self.config.patch
         if corners is None:
             corners = noisy.new_zeros(len(noisy), 1, 2, dtype=torch.long)
-        cosines, sines = self.rotary.angles(_positions(corners, height, width))
+        layout = Layout(corners, height, width, self.rotary)
         pixels = self.stem(noisy - 0.5)
         x = self.embed(pixels)
         for block in self.blocks:
-            x = block(x, corners.shape[1], cosines, sines)
+            x = block(x, layout)
         return self.head(self.unpack(x) + pixels) + 0.5
-
-
-def _positions(corners: Tensor, rows: int, columns: int) -> Tensor:
-    """[pictures, windows * rows * columns, 2], the token coordinates of windows with these corners."""
-    row = torch.arange(rows, device=corners.device)[:, None].expand(rows, columns)
-    column = torch.arange(columns, device=corners.device)[None, :].expand(rows, columns)
-    return (corners[:, :, None] + torch.stack([row, column], dim=-1).flatten(0, 1)).flatten(1, 2)
 
 
 def save_weights(model: Denoiser, path: Path = WEIGHTS_PATH) -> None:

@@ -1,9 +1,11 @@
-"""The figure of run.py: the images, the tiles that a few heads kept, density per layer, and time."""
+"""The figure of run.py: whole images, a part enlarged, the tiles that a few heads kept, density per layer, and time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,113 +13,155 @@ from torch import Tensor
 import sparge_compile as sparge
 
 MAPS_SHOWN = 3
-KEPT, SKIPPED = "#1b6ca8", "#e8edf2"  # colours of tiles, and of sparse and dense bars
+ZOOM = 5  # the enlarged part is this part of the image's side
+COLOURS = ("#8a97a5", "#7db3d9", "#1b6ca8")  # of dense and the two sparse variants
+SKIPPED = "#e8edf2"  # tiles
 
 
 @dataclass(frozen=True)
-class Panels:
-    """Images, float32 [3, height, width] in 0 .. 1 (the noisy one beyond), and seconds of the whole model."""
+class Variant:
+    """One way to run the model: its image, float32 [3, height, width] in 0 .. 1, seconds, and report (None: dense)."""
 
-    clean: Tensor
-    noisy: Tensor
-    dense: Tensor
-    sparse: Tensor
-    dense_seconds: float
-    sparse_seconds: float
+    name: str
+    image: Tensor
+    seconds: float
+    report: sparge.Report | None
 
 
-def draw(panels: Panels, report: sparge.Report, path: Path, title: str) -> None:
-    """Writes the figure; the ending of `path` says the format."""
+def quality(image: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(PSNR in dB, SSIM) of an image against another, clipped to 0 .. 1; [3, height, width] both."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    both = (reference.numpy(), image.clamp(0, 1).numpy())
+    return (
+        float(peak_signal_noise_ratio(*both, data_range=1.0)),
+        float(structural_similarity(*both, data_range=1.0, channel_axis=0)),
+    )
+
+
+def draw(clean: Tensor, noisy: Tensor, variants: Sequence[Variant], path: Path, where: str) -> None:
+    """Writes the figure as a PNG of 256 colours; `variants` is dense, the default policy, and a sparser one."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 8.6), layout="constrained")
-    figure.suptitle(title, fontsize=15, fontweight="bold")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.12, 1))
-    draw_images(panels, upper.subplots(1, 4))
-    axes = lower.subplots(1, 3 + MAPS_SHOWN, width_ratios=(1.35, *[1] * MAPS_SHOWN, 1.0, 0.8))
-    show(axes[0], panels.clean, "clean (not shown to the model)")
-    draw_tile_maps(report, axes[1 : 1 + MAPS_SHOWN])
-    draw_densities(report, axes[-2])
-    draw_times(panels, report, axes[-1])
-    figure.savefig(path, dpi=100)
+    dense, _, sparsest = variants
+    figure = Figure(figsize=(15, 12.4), layout="constrained", facecolor="white")
+    tokens = clean.shape[1] * clean.shape[2] // 16
+    figure.suptitle(
+        f'A learned denoiser with {tokens} tokens under torch.compile(model, backend="sparge")',
+        fontsize=20,
+        weight="bold",
+    )
+    upper, middle, lower = figure.subfigures(3, 1, height_ratios=(5.2, 3.3, 3.3))
+    whole = upper.subplots(1, 3)
+    show(whole[0], noisy, f"noisy input: {decibels(noisy, clean)}", size=19)
+    show(whole[1], dense.image, f"dense: {decibels(dense.image, clean)}, {dense.seconds:.1f} s", size=19)
+    ratio = dense.seconds / sparsest.seconds
+    label = f"sparse: {decibels(sparsest.image, clean)}, {sparsest.seconds:.1f} s ({ratio:.1f}x)"
+    show(whole[2], sparsest.image, label, size=19)
+    draw_zooms(clean, noisy, variants, middle.subplots(1, 5))
+    axes = lower.subplots(1, MAPS_SHOWN + 3, width_ratios=(1.25, *[1] * MAPS_SHOWN, 1.15, 1.15))
+    draw_difference(dense, sparsest, axes[0])
+    draw_tile_maps(sparsest, axes[1 : 1 + MAPS_SHOWN])
+    draw_densities(variants[1:], axes[-2])
+    draw_times(variants, axes[-1], where)
+    save(figure, path)
 
 
-def draw_images(panels: Panels, axes) -> None:
-    """Noisy, dense, sparse, and the difference of the last two, amplified to be visible."""
-    from skimage.metrics import peak_signal_noise_ratio as psnr
-
-    difference = (panels.sparse - panels.dense).abs()
-    factor = 2 ** int((1 / difference.max().clamp(min=1 / 64)).log2())
-
-    def against(image: Tensor) -> str:
-        return f"{psnr(panels.clean.numpy(), image.clamp(0, 1).numpy(), data_range=1.0):.2f} dB"
-
-    show(axes[0], panels.noisy, f"noisy input, {against(panels.noisy)}")
-    show(axes[1], panels.dense, f"dense: {against(panels.dense)}, {panels.dense_seconds:.1f} s")
-    show(axes[2], panels.sparse, f"sparse: {against(panels.sparse)}, {panels.sparse_seconds:.1f} s")
-    mean = difference.mean().item()
-    show(axes[3], difference * factor, f"|sparse - dense| x {factor} (mean {mean:.4f})")
+def decibels(image: Tensor, clean: Tensor) -> str:
+    return f"{quality(image, clean)[0]:.2f} dB"
 
 
-def show(axes, image: Tensor, label: str) -> None:
-    axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="antialiased")
-    axes.set_title(label, fontsize=14)
+def show(axes: Any, image: Tensor, label: str, size: int = 15) -> None:
+    axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set_title(label, fontsize=size)
     axes.set_axis_off()
 
 
-def draw_tile_maps(report: sparge.Report, axes) -> None:
+def draw_zooms(clean: Tensor, noisy: Tensor, variants: Sequence[Variant], axes: Any) -> None:
+    """The same part of every image, where the clean one has the most detail."""
+    side = clean.shape[1] // ZOOM
+    detail = (clean - clean.mean(dim=0)).diff(dim=1)[:, :, 1:].abs().mean(0, keepdim=True)
+    scores = torch.nn.functional.avg_pool2d(detail, side, stride=8)[0]
+    row, column = divmod(int(scores.argmax()), scores.shape[1])
+    part = (slice(None), slice(8 * row, 8 * row + side), slice(8 * column, 8 * column + side))
+    named = [("noisy", noisy), *((variant.name, variant.image) for variant in variants), ("clean, never shown", clean)]
+    for axis, (name, image) in zip(axes, named, strict=True):
+        show(axis, image[part], name, size=17)
+
+
+def draw_difference(dense: Variant, sparse: Variant, axes: Any) -> None:
+    """The absolute difference of two images, amplified by a power of two to be visible."""
+    difference = (sparse.image - dense.image).abs()
+    factor = 2 ** int((1 / difference.quantile(0.999).clamp(min=1 / 256)).log2())
+    show(axes, difference * factor, f"|sparse - dense| x {factor}")
+
+
+def draw_tile_maps(variant: Variant, axes: Any) -> None:
     """The heads at the ends and in the middle of the densities: a cell is 128 queries x 64 keys."""
     from matplotlib.colors import ListedColormap
 
-    heads = [
-        (density, site.name, head)
-        for site in report.rewritten
-        for head, density in enumerate(site.head_densities or ())
-    ]
-    heads.sort()
+    assert variant.report is not None
+    sites = variant.report.rewritten
+    heads = sorted(
+        (density, site.name, head) for site in sites for head, density in enumerate(site.head_densities or ())
+    )
     places = torch.linspace(0, len(heads) - 1, MAPS_SHOWN).round().int().tolist()
     for axis, place in zip(axes, places, strict=True):
         density, name, head = heads[place]
-        tiles = report.tile_map(name, head)
-        axis.imshow(
-            tiles.numpy(), cmap=ListedColormap([SKIPPED, KEPT]), aspect="auto", interpolation="nearest", vmin=0, vmax=1
-        )
-        axis.set_title(f"{short(name)}, head {head}: {density:.2f}", fontsize=13)
+        tiles = variant.report.tile_map(name, head).numpy()
+        colours = ListedColormap([SKIPPED, COLOURS[-1]])
+        axis.imshow(tiles, cmap=colours, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+        axis.set_title(f"{short(name)}, head {head}: {density:.2f}", fontsize=15)
         axis.set_xticks([])
         axis.set_yticks([])
-    axes[0].set_ylabel("queries, tiles of 128", fontsize=12)
-    for axis in axes:
-        axis.set_xlabel("keys, tiles of 64", fontsize=12)
+        axis.set_xlabel("tiles of 64 keys", fontsize=13)
+    axes[0].set_ylabel("tiles of 128 queries", fontsize=13)
 
 
-def draw_densities(report: sparge.Report, axes) -> None:
-    """Share of tiles computed, a bar for each layer; a layer that stayed dense is at 1."""
-    densities = [1.0 if site.density is None else site.density for site in report.sites]
-    bars = axes.barh(range(len(densities)), densities, color=KEPT)
-    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=12)
-    axes.set_yticks(range(len(densities)), [short(site.name) for site in report.sites], fontsize=12)
+def draw_densities(variants: Sequence[Variant], axes: Any) -> None:
+    """Share of tiles computed, bars for each layer; a layer that stayed dense is at 1."""
+    for place, (variant, colour) in enumerate(zip(variants, COLOURS[1:], strict=True)):
+        assert variant.report is not None
+        sites = variant.report.sites
+        densities = [1.0 if site.density is None else site.density for site in sites]
+        rows = [row + 0.4 * place for row in range(len(sites))]
+        bars = axes.barh(rows, densities, height=0.38, color=colour)
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=13)
+    axes.set_yticks([row + 0.2 for row in range(len(sites))], [short(site.name) for site in sites], fontsize=13)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.25)
-    axes.set_title("tiles computed", fontsize=14)
+    axes.set_xlim(0, 1.3)
+    axes.set_xticks([])
+    axes.set_title("tiles computed", fontsize=15)
     tidy(axes)
 
 
-def draw_times(panels: Panels, report: sparge.Report, axes) -> None:
-    """Seconds of the whole model, dense and sparse; the attention part is darker."""
-    seconds = [panels.dense_seconds, panels.sparse_seconds]
-    bars = axes.bar(["dense", "sparse"], seconds, color=["#8a97a5", KEPT])
-    axes.bar_label(bars, fmt="%.1f s", padding=3, fontsize=13)
-    axes.set_ylim(0, max(seconds) * 1.15)
+def draw_times(variants: Sequence[Variant], axes: Any, where: str) -> None:
+    """Seconds of the whole model."""
+    seconds = [variant.seconds for variant in variants]
+    bars = axes.bar([variant.name.replace(" ", "\n") for variant in variants], seconds, color=COLOURS)
+    axes.bar_label(bars, [f"{taken:.1f} s" for taken in seconds], padding=3, fontsize=14)
+    axes.set_ylim(0, max(seconds) * 1.18)
     axes.set_yticks([])
-    axes.tick_params(labelsize=13)
-    axes.set_title(f"whole model: {seconds[0] / seconds[1]:.2f}x", fontsize=14)
+    axes.tick_params(labelsize=13, length=0)
+    axes.set_title(f"whole model, {where}", fontsize=15)
     tidy(axes)
 
 
-def tidy(axes) -> None:
+def tidy(axes: Any) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def short(name: str) -> str:
-    """`blocks.2.attention` as `block 2`."""
-    return "block " + name.split(".")[1] if name.startswith("blocks.") else name
+    """`blocks.2.attention` as `layer 2`."""
+    return "layer " + name.split(".")[1] if name.startswith("blocks.") else name
+
+
+def save(figure: Any, path: Path) -> None:
+    """A third of the bytes: noise does not compress, but it needs few colours."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    Image.open(content).convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT).save(path, "PNG", optimize=True)

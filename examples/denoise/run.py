@@ -1,10 +1,10 @@
 """Restore a noisy picture of 16384 tokens, dense and sparse side by side, and save what is seen as one PNG.
 
-    python examples/denoise/run.py [--out denoise.png] [--size 512] [--seed 1000000] [--topk 0.3] [--baselines]
+    python examples/denoise/run.py [--out denoise.png] [--size 512] [--seed 1000000] [--topk 0.25] [--baselines]
 
-One compiled model runs both ways: dense is the plain Inductor graph, `sparge.rewriting(enabled=False)`; sparse is the
-default policy, or with `--topk` that share of the tiles. On a GPU the picture has 1024 x 1024 pixels, 65536 tokens,
-and both run under bfloat16 autocast.
+One compiled model runs three ways: dense is the plain Inductor graph, `sparge.rewriting(enabled=False)`; sparse is
+once the default policy and once `topk`, a fixed share of the tiles. On a GPU the picture has 1024 x 1024 pixels, 65536
+tokens, and all run under bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,18 +23,10 @@ import sparge_compile as sparge
 
 sys.path.insert(0, str(Path(__file__).parent))
 from model import WEIGHTS_PATH, load_pretrained
-from picture import Panels, draw
+from picture import Variant, draw, quality
 from scenes import FIRST_TEST_SEED, NOISE, add_noise, scene
 
 REPEATS = 3  # timed runs of each variant
-
-
-@dataclass(frozen=True)
-class Run:
-    """One variant: the restored image, float32 [3, height, width] in 0 .. 1, and the median of its seconds."""
-
-    image: Tensor
-    seconds: float
 
 
 def main() -> None:
@@ -44,23 +35,27 @@ def main() -> None:
     size = arguments.size or (1024 if device.type == "cuda" else 512)
     clean = scene(arguments.seed, size)
     noisy = add_noise(clean, arguments.seed)
-    model = load_pretrained(arguments.weights).to(device)
-    compiled = torch.compile(model, backend="sparge")
-    fields = {"topk": arguments.topk, "min_tokens": arguments.min_tokens}
-    policy = sparge.Policy(**{name: value for name, value in fields.items() if value is not None})
+    compiled = torch.compile(load_pretrained(arguments.weights).to(device), backend="sparge")
+    policies = {
+        "default policy": sparge.Policy(min_tokens=arguments.min_tokens),
+        f"topk={arguments.topk:g}": sparge.Policy(min_tokens=arguments.min_tokens, topk=arguments.topk),
+    }
 
-    with autocast(device):
-        report = sparge.explain(compiled, noisy[None].to(device), policy=policy, tile_maps=("*",))
-    print(f"{size} x {size} pixels, {(size // 4) ** 2} tokens on {device}, torch {torch.__version__}\n\n{report}\n")
-    if not report.rewritten:
-        sys.exit("no attention call was rewritten, so there is nothing to compare; see the reasons above")
-    print(f"compiling both variants, then {REPEATS} runs of each in turn ...", flush=True)
-    dense, sparse = measure(compiled, noisy, policy, device)
-    describe(clean, noisy, dense, sparse)
+    print(f"{size} x {size} pixels, {(size // 4) ** 2} tokens on {device}, torch {torch.__version__}")
+    reports = {}
+    for name, policy in policies.items():
+        with autocast(device):
+            reports[name] = sparge.explain(compiled, noisy[None].to(device), policy=policy, tile_maps=("*",))
+        print(f"\n{name}: {reports[name]}", flush=True)
+        if not reports[name].rewritten:
+            sys.exit("no attention call was rewritten, so there is nothing to compare; see the reasons above")
+    print(f"\ncompiling dense and sparse, then {REPEATS} runs of each in turn ...", flush=True)
+    images, seconds = measure(compiled, noisy, {"dense": sparge.Policy(enabled=False), **policies}, device)
+    variants = [Variant(name, images[name], seconds[name], reports.get(name)) for name in images]
+    describe(clean, noisy, variants)
     if arguments.baselines:
         describe_baselines(clean, noisy)
-    panels = Panels(clean, noisy, dense.image, sparse.image, dense.seconds, sparse.seconds)
-    draw(panels, report, arguments.out, title(size, device, arguments.topk))
+    draw(clean, noisy, variants, arguments.out, where(device))
     print(f"saved {arguments.out}")
 
 
@@ -69,18 +64,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("denoise.png"), help="the picture to write (denoise.png)")
     parser.add_argument("--size", type=int, help="pixels a side, a multiple of 4 (512; 1024 on a GPU)")
     parser.add_argument("--seed", type=int, default=FIRST_TEST_SEED, help="of the scene; training saw those below")
-    parser.add_argument("--topk", type=float, help="share of the tiles to compute; default: the default policy")
+    parser.add_argument("--topk", type=float, default=0.25, help="share of the tiles that the second policy computes")
     parser.add_argument("--min-tokens", type=int, help="rewrite from this length on; default: the device's")
     parser.add_argument("--baselines", action="store_true", help="also print classical denoisers (scikit-image)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS_PATH)
     return parser.parse_args()
 
 
-def title(size: int, device: torch.device, topk: float | None) -> str:
-    """What the picture shows, in a line."""
-    policy = "default policy" if topk is None else f"topk={topk:g}"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f'A learned denoiser, {(size // 4) ** 2} tokens, torch.compile(model, backend="sparge"), {policy} ({where})'
+def where(device: torch.device) -> str:
+    """What it ran on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -90,19 +86,20 @@ def autocast(device: torch.device) -> torch.autocast:
 
 @torch.no_grad()
 def measure(
-    compiled: Callable[[Tensor], Tensor], noisy: Tensor, policy: sparge.Policy, device: torch.device
-) -> tuple[Run, Run]:
-    """(dense, sparse): both variants in turn, so that noise hits both; the first runs, which compile, are not timed."""
-    policies = (sparge.Policy(enabled=False), policy)
-    images = [restore(compiled, noisy, chosen, device) for chosen in policies]
-    seconds: tuple[list[float], list[float]] = ([], [])
+    compiled: Callable[[Tensor], Tensor], noisy: Tensor, policies: dict[str, sparge.Policy], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The image by each policy, and the median of its seconds.
+
+    The policies take turns, so that a busy machine hits all alike; their first runs, which compile, are not timed.
+    """
+    images = {name: restore(compiled, noisy, policy, device) for name, policy in policies.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in policies}
     for _ in range(REPEATS):
-        for chosen, taken in zip(policies, seconds, strict=True):
+        for name, policy in policies.items():
             start = time.perf_counter()
-            restore(compiled, noisy, chosen, device)
-            taken.append(time.perf_counter() - start)
-    dense, sparse = (Run(image, statistics.median(taken)) for image, taken in zip(images, seconds, strict=True))
-    return dense, sparse
+            restore(compiled, noisy, policy, device)
+            seconds[name].append(time.perf_counter() - start)
+    return images, {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
 def restore(compiled: Callable[[Tensor], Tensor], noisy: Tensor, policy: sparge.Policy, device: torch.device) -> Tensor:
@@ -111,29 +108,20 @@ def restore(compiled: Callable[[Tensor], Tensor], noisy: Tensor, policy: sparge.
         return compiled(noisy[None].to(device))[0].float().clamp(0, 1).cpu()
 
 
-def quality(image: Tensor, clean: Tensor) -> tuple[float, float]:
-    """(PSNR in dB, SSIM) of an image against another, clipped to 0 .. 1."""
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
-    both = (clean.numpy(), image.clamp(0, 1).numpy())
-    return (
-        float(peak_signal_noise_ratio(*both, data_range=1.0)),
-        float(structural_similarity(*both, data_range=1.0, channel_axis=0)),
-    )
-
-
-def describe(clean: Tensor, noisy: Tensor, dense: Run, sparse: Run) -> None:
-    """Prints quality and time of both, and says which is faster."""
-    print(f"{'':20}{'PSNR, dB':>10}{'SSIM':>8}{'seconds':>10}")
+def describe(clean: Tensor, noisy: Tensor, variants: Sequence[Variant]) -> None:
+    """Prints quality and time of each, and says which is faster."""
+    print(f"\n{'':16}{'PSNR, dB':>10}{'SSIM':>8}{'seconds':>10}{'times as fast':>15}   against dense: PSNR, SSIM")
     print_row("noisy", quality(noisy, clean))
-    for name, run in (("dense", dense), ("sparse", sparse)):
-        print_row(name, quality(run.image, clean), run.seconds)
-    print_row("sparse against dense", quality(sparse.image, dense.image))
-    ratio = dense.seconds / sparse.seconds
-    if ratio > 1.02:
-        print(f"sparse is {ratio:.2f} times as fast as dense, whole model")
-    else:
-        print(f"sparse is NOT faster here: {ratio:.2f} times the speed of dense; keep it dense at this size")
+    dense = variants[0]
+    for variant in variants:
+        row = f"{variant.seconds:10.2f}{dense.seconds / variant.seconds:15.2f}"
+        if variant is not dense:
+            psnr, ssim = quality(variant.image, dense.image)
+            row += f"{psnr:22.2f}{ssim:8.4f}"
+        print_row(variant.name, quality(variant.image, clean), row)
+    for variant in variants[1:]:
+        if variant.seconds > 0.98 * dense.seconds:
+            print(f"{variant.name} is NOT faster than dense here; keep it dense at this size")
 
 
 def describe_baselines(clean: Tensor, noisy: Tensor) -> None:
@@ -149,8 +137,8 @@ def describe_baselines(clean: Tensor, noisy: Tensor) -> None:
         print_row(name, max(tried))
 
 
-def print_row(name: str, measured: tuple[float, float], seconds: float | None = None) -> None:
-    print(f"{name:20}{measured[0]:10.2f}{measured[1]:8.3f}{'' if seconds is None else f'{seconds:10.2f}'}", flush=True)
+def print_row(name: str, measured: tuple[float, float], rest: str = "") -> None:
+    print(f"{name:16}{measured[0]:10.2f}{measured[1]:8.3f}{rest}", flush=True)
 
 
 if __name__ == "__main__":
