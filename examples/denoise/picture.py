@@ -13,7 +13,7 @@ from torch import Tensor
 import sparge_compile as sparge
 
 MAPS_SHOWN = 3
-ZOOM = 5  # the enlarged part is this part of the image's side
+ZOOM = (0.62, 0.22, 0.22)  # top, left and side of the enlarged part, of the image's side
 COLOURS = ("#8a97a5", "#7db3d9", "#1b6ca8")  # of dense and the two sparse variants
 SKIPPED = "#e8edf2"  # tiles
 
@@ -44,22 +44,22 @@ def draw(clean: Tensor, noisy: Tensor, variants: Sequence[Variant], path: Path, 
     from matplotlib.figure import Figure
 
     dense, _, sparsest = variants
-    figure = Figure(figsize=(15, 12.4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(15, 12.8), layout="constrained", facecolor="white")
     tokens = clean.shape[1] * clean.shape[2] // 16
     figure.suptitle(
         f'A learned denoiser with {tokens} tokens under torch.compile(model, backend="sparge")',
         fontsize=20,
         weight="bold",
     )
-    upper, middle, lower = figure.subfigures(3, 1, height_ratios=(5.2, 3.3, 3.3))
+    upper, middle, lower = figure.subfigures(3, 1, height_ratios=(5.5, 3.4, 3.2), hspace=0.02)
     whole = upper.subplots(1, 3)
-    show(whole[0], noisy, f"noisy input: {decibels(noisy, clean)}", size=19)
-    show(whole[1], dense.image, f"dense: {decibels(dense.image, clean)}, {dense.seconds:.1f} s", size=19)
+    show(whole[0], noisy, f"noisy input: {decibels(noisy, clean)}", size=18)
+    show(whole[1], dense.image, f"dense: {decibels(dense.image, clean)}, {dense.seconds:.1f} s", size=18)
     ratio = dense.seconds / sparsest.seconds
-    label = f"sparse: {decibels(sparsest.image, clean)}, {sparsest.seconds:.1f} s ({ratio:.1f}x)"
-    show(whole[2], sparsest.image, label, size=19)
+    label = f"{sparsest.name}: {decibels(sparsest.image, clean)}, {sparsest.seconds:.1f} s ({ratio:.1f}x)"
+    show(whole[2], sparsest.image, label, size=18)
     draw_zooms(clean, noisy, variants, middle.subplots(1, 5))
-    axes = lower.subplots(1, MAPS_SHOWN + 3, width_ratios=(1.25, *[1] * MAPS_SHOWN, 1.15, 1.15))
+    axes = lower.subplots(1, MAPS_SHOWN + 3, width_ratios=(1.3, *[1] * MAPS_SHOWN, 1.1, 1.3))
     draw_difference(dense, sparsest, axes[0])
     draw_tile_maps(sparsest, axes[1 : 1 + MAPS_SHOWN])
     draw_densities(variants[1:], axes[-2])
@@ -71,19 +71,16 @@ def decibels(image: Tensor, clean: Tensor) -> str:
     return f"{quality(image, clean)[0]:.2f} dB"
 
 
-def show(axes: Any, image: Tensor, label: str, size: int = 15) -> None:
+def show(axes: Any, image: Tensor, label: str, size: float = 13.5) -> None:
     axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_title(label, fontsize=size)
     axes.set_axis_off()
 
 
 def draw_zooms(clean: Tensor, noisy: Tensor, variants: Sequence[Variant], axes: Any) -> None:
-    """The same part of every image, where the clean one has the most detail."""
-    side = clean.shape[1] // ZOOM
-    detail = (clean - clean.mean(dim=0)).diff(dim=1)[:, :, 1:].abs().mean(0, keepdim=True)
-    scores = torch.nn.functional.avg_pool2d(detail, side, stride=8)[0]
-    row, column = divmod(int(scores.argmax()), scores.shape[1])
-    part = (slice(None), slice(8 * row, 8 * row + side), slice(8 * column, 8 * column + side))
+    """The same part of every image."""
+    top, left, side = (int(part * clean.shape[1]) for part in ZOOM)
+    part = (slice(None), slice(top, top + side), slice(left, left + side))
     named = [("noisy", noisy), *((variant.name, variant.image) for variant in variants), ("clean, never shown", clean)]
     for axis, (name, image) in zip(axes, named, strict=True):
         show(axis, image[part], name, size=17)
@@ -111,7 +108,7 @@ def draw_tile_maps(variant: Variant, axes: Any) -> None:
         tiles = variant.report.tile_map(name, head).numpy()
         colours = ListedColormap([SKIPPED, COLOURS[-1]])
         axis.imshow(tiles, cmap=colours, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
-        axis.set_title(f"{short(name)}, head {head}: {density:.2f}", fontsize=15)
+        axis.set_title(f"{short(name)} head {head}: {density:.2f}", fontsize=13.5)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_xlabel("tiles of 64 keys", fontsize=13)
@@ -131,19 +128,21 @@ def draw_densities(variants: Sequence[Variant], axes: Any) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3)
     axes.set_xticks([])
-    axes.set_title("tiles computed", fontsize=15)
+    axes.set_title("tiles computed", fontsize=13.5)
     tidy(axes)
 
 
 def draw_times(variants: Sequence[Variant], axes: Any, where: str) -> None:
     """Seconds of the whole model."""
     seconds = [variant.seconds for variant in variants]
-    bars = axes.bar([variant.name.replace(" ", "\n") for variant in variants], seconds, color=COLOURS)
+    bars = axes.bar(
+        [variant.name.replace(" ", "\n").replace("=", "=\n") for variant in variants], seconds, color=COLOURS
+    )
     axes.bar_label(bars, [f"{taken:.1f} s" for taken in seconds], padding=3, fontsize=14)
     axes.set_ylim(0, max(seconds) * 1.18)
     axes.set_yticks([])
     axes.tick_params(labelsize=13, length=0)
-    axes.set_title(f"whole model, {where}", fontsize=15)
+    axes.set_title(f"whole model ({where})", fontsize=13.5)
     tidy(axes)
 
 
