@@ -131,7 +131,7 @@ def test_run_prints_its_table_and_saves_a_picture(denoise, tmp_path, monkeypatch
     denoise.run.main()
     printed = capsys.readouterr().out
     assert printed.count("1 of 1 attention calls rewritten") == 2
-    measured = dict(re.findall(r"^(dense|default policy|topk=0.25|non-local means) +([\d.]+) ", printed, re.MULTILINE))
+    measured = dict(re.findall(r"^(dense|default policy|topk=0.3|non-local means) +([\d.]+) ", printed, re.MULTILINE))
     assert len(measured) == 4
     assert abs(float(measured["default policy"]) - float(measured["dense"])) < 0.3
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 1e6

@@ -59,7 +59,7 @@ def draw(clean: Tensor, noisy: Tensor, variants: Sequence[Variant], path: Path, 
     label = f"{sparsest.name}: {decibels(sparsest.image, clean)}, {sparsest.seconds:.1f} s ({ratio:.1f}x)"
     show(whole[2], sparsest.image, label, size=18)
     draw_zooms(clean, noisy, variants, middle.subplots(1, 5))
-    axes = lower.subplots(1, MAPS_SHOWN + 3, width_ratios=(1.3, *[1] * MAPS_SHOWN, 1.1, 1.3))
+    axes = lower.subplots(1, MAPS_SHOWN + 3, width_ratios=(1.3, *[1] * MAPS_SHOWN, 1.1, 1.2))
     draw_difference(dense, sparsest, axes[0])
     draw_tile_maps(sparsest, axes[1 : 1 + MAPS_SHOWN])
     draw_densities(variants[1:], axes[-2])
@@ -89,7 +89,7 @@ def draw_zooms(clean: Tensor, noisy: Tensor, variants: Sequence[Variant], axes: 
 def draw_difference(dense: Variant, sparse: Variant, axes: Any) -> None:
     """The absolute difference of two images, amplified by a power of two to be visible."""
     difference = (sparse.image - dense.image).abs()
-    factor = 2 ** int((1 / difference.quantile(0.999).clamp(min=1 / 256)).log2())
+    factor = 2 ** int((1 / difference.quantile(0.99).clamp(min=1 / 256)).log2())
     show(axes, difference * factor, f"|sparse - dense| x {factor}")
 
 
@@ -136,13 +136,13 @@ def draw_times(variants: Sequence[Variant], axes: Any, where: str) -> None:
     """Seconds of the whole model."""
     seconds = [variant.seconds for variant in variants]
     bars = axes.bar(
-        [variant.name.replace(" ", "\n").replace("=", "=\n") for variant in variants], seconds, color=COLOURS
+        [variant.name.replace(" ", "\n").replace("=", "\n= ") for variant in variants], seconds, color=COLOURS
     )
     axes.bar_label(bars, [f"{taken:.1f} s" for taken in seconds], padding=3, fontsize=14)
     axes.set_ylim(0, max(seconds) * 1.18)
     axes.set_yticks([])
     axes.tick_params(labelsize=13, length=0)
-    axes.set_title(f"whole model ({where})", fontsize=13.5)
+    axes.set_title(f"whole model, {where}", fontsize=12)
     tidy(axes)
 
 

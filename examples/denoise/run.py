@@ -1,6 +1,6 @@
 """Restore a noisy picture of 16384 tokens, dense and sparse side by side, and save what is seen as one PNG.
 
-    python examples/denoise/run.py [--out denoise.png] [--size 512] [--seed 1000000] [--topk 0.25] [--baselines]
+    python examples/denoise/run.py [--out denoise.png] [--size 512] [--seed 1000000] [--topk 0.3] [--baselines]
 
 One compiled model runs three ways: dense is the plain Inductor graph, `sparge.rewriting(enabled=False)`; sparse is
 once the default policy and once `topk`, a fixed share of the tiles. On a GPU the picture has 1024 x 1024 pixels, 65536
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("denoise.png"), help="the picture to write (denoise.png)")
     parser.add_argument("--size", type=int, help="pixels a side, a multiple of 4 (512; 1024 on a GPU)")
     parser.add_argument("--seed", type=int, default=FIRST_TEST_SEED, help="of the scene; training saw those below")
-    parser.add_argument("--topk", type=float, default=0.25, help="share of the tiles that the second policy computes")
+    parser.add_argument("--topk", type=float, default=0.3, help="share of the tiles that the second policy computes")
     parser.add_argument("--min-tokens", type=int, help="rewrite from this length on; default: the device's")
     parser.add_argument("--baselines", action="store_true", help="also print classical denoisers (scikit-image)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS_PATH)
