@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparge_compile as sparge
+from sparge_compile import dynamo
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "denoise"
 NAMES = ("textures", "scenes", "model", "train", "picture", "run")
@@ -115,22 +116,20 @@ def test_sparse_restores_as_well_as_dense(example, monkeypatch, fields):
     sparse = model(noisy[None])[0]
     assert len(densities) == model.config.layers
     assert not torch.equal(sparse, dense), "nothing ran sparse"
-    assert min(densities) < (0.9 if fields else 1.01)
+    assert min(densities) < 0.9 or not fields
     assert (sparse - dense).abs().mean() < 0.02
     assert abs(psnr(sparse, clean) - psnr(dense, clean)) < 0.3
 
 
 def test_run_prints_its_table_and_saves_a_picture(denoise, tmp_path, monkeypatch, capsys):
-    """With one layer of the model, whose compile a test can afford."""
-    one_layer = denoise.model.load_pretrained()
-    one_layer.blocks = one_layer.blocks[:1]
-    monkeypatch.setattr(denoise.run, "load_pretrained", lambda path: one_layer)
+    """On the rewritten graphs, but without Inductor: its C++ takes longer than a test may."""
+    monkeypatch.setattr(dynamo, "compile_with_inductor", lambda gm, *_: gm.forward)
     picture = tmp_path / "picture.png"
     command = ["run.py", "--size", "96", "--min-tokens", "128", "--out", str(picture), "--baselines"]
     monkeypatch.setattr(sys, "argv", command)
     denoise.run.main()
     printed = capsys.readouterr().out
-    assert printed.count("1 of 1 attention calls rewritten") == 2
+    assert printed.count("4 of 4 attention calls rewritten") == 2
     measured = dict(re.findall(r"^(dense|default policy|topk=0.3|non-local means) +([\d.]+) ", printed, re.MULTILINE))
     assert len(measured) == 4
     assert abs(float(measured["default policy"]) - float(measured["dense"])) < 0.3
