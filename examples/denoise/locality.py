@@ -1,4 +1,4 @@
-"""Does attention need the whole picture? PSNR on test scenes with attention limited to tokens nearby: `python locality.py`."""
+"""Test scenes restored with attention limited to tokens nearby, and with all of it: `python locality.py`."""
 
 from unittest import mock
 
