@@ -111,7 +111,7 @@ def test_diffusers_video(load_example, capsys, tmp_path):
     profile = tmp_path / "profile.json"
     printed = run(example, capsys, *sizes, "--blocks", "--profile", profile)
     check(printed, "2 of 4")
-    assert "Random weights" in printed and printed.count("attached profile") == 2
+    assert "Random weights" in printed and re.search(r"blocks\.\{0-1\}\.attn1 x2 +attached ", printed)
     assert sorted(sparge.Profile.load(profile).sites) == ["blocks.0.attn1", "blocks.1.attn1"]
 
     save_ltx_pipeline(example.random_pipeline(1), tmp_path / "pipeline")
