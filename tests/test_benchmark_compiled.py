@@ -33,7 +33,8 @@ def test_a_line_of_the_overhead_table_counts_every_layer_and_puts_inductor_back(
 
 
 def test_a_line_of_the_masks_table_is_of_a_call_that_is_right():
-    kind, tokens, visible, _, error, dense, sparse, ratio = masks.compare("documents", 256, repeats=1).split()
+    line = masks.compare("documents", 256, torch.float32, repeats=1)
+    kind, tokens, visible, _, error, dense, sparse, ratio = line.split()
     assert (kind, tokens, float(visible)) == ("documents", "256", 0.127)
     assert float(error) < 0.01 and min(float(dense), float(sparse), float(ratio)) > 0
 
@@ -41,4 +42,4 @@ def test_a_line_of_the_masks_table_is_of_a_call_that_is_right():
 def test_what_is_further_off_than_allowed_is_not_timed(monkeypatch):
     monkeypatch.setattr(masks, "MAX_RELATIVE_L1", 1e-9)
     with pytest.raises(SystemExit, match="not timed"):
-        masks.compare("padding", 256, repeats=1)
+        masks.compare("padding", 256, torch.float32, repeats=1)
