@@ -22,7 +22,7 @@ from sparge_compile.backend import transform_sites
 from sparge_compile.explain_calls import Collector, watch_dense_calls
 from sparge_compile.policy import Policy, split_options
 from sparge_compile.report import Report
-from sparge_compile.watch import NONE_SEEN, module_running, run_aside
+from sparge_compile.watch import NONE_SEEN, module_running, run_aside, weakly
 
 
 def explain(
@@ -86,14 +86,14 @@ def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
     diff = graph_diff.difference(before, graph_diff.readable(gm)) if outcomes else ""
     watch_dense_calls(gm, outcomes, _COLLECTOR.get)
     sites = [report for _, report in outcomes]
-    traced_in = module_running(sys._getframe(1))
+    traced_in = weakly(module_running(sys._getframe(1)))
     forward = gm.forward
 
     def run(*inputs: Any) -> Any:
         collector = _COLLECTOR.get()
         if collector is None:
             return forward(*inputs)
-        with collector.graph_runs(sites, diff, traced_in, module_running(sys._getframe(1))):
+        with collector.graph_runs(sites, diff, traced_in(), module_running(sys._getframe(1))):
             return forward(*inputs)
 
     return run
