@@ -56,16 +56,19 @@ def explain(
     Raises:
         StrictPolicyError: the policy is strict and a call cannot be rewritten.
         ProfileError: the policy's profile was made for another model.
-        TypeError: tile_maps is a string.
+        TypeError: tile_maps is a string, or holds what is none.
     """
     if isinstance(tile_maps, str):
         raise TypeError(f"tile_maps={tile_maps!r}: must be a tuple of patterns; write tile_maps=({tile_maps!r},).")
+    patterns = tuple(tile_maps)
+    if strangers := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(f"tile_maps holds {strangers[0]!r}: its patterns must be strings such as 'blocks.0.*'.")
     target, options = dynamo.uncompiled(model)
     chosen = context.in_force(split_options(options)[0]) if policy is None else policy
     if chosen.enabled and chosen.profile is not None and isinstance(target, nn.Module):
         chosen.profile.check_model(target)  # here, where the warnings are heard
         chosen.profile.warn_of_missing_sites(target)
-    collector = Collector(target, timing, tuple(tile_maps))
+    collector = Collector(target, timing, patterns)
     token = _COLLECTOR.set(collector)
     try:
         with warnings.catch_warnings(), run_aside(target, _report_when_run, chosen) as compiled:
