@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparge_compile import fingerprint
 from sparge_compile.observe import Observer
 from sparge_compile.profile import write_whole
 from sparge_compile.search import Call, Sums, ladders, measure
 from sparge_compile.verify import Unfit, Verified
+from sparge_kernels.records import is_out_of_memory
 from sparge_kernels.thresholds import Q_TILE, Thresholds
 
 CHECKPOINT_VERSION = 2
@@ -132,14 +131,10 @@ def _measure(call: Call, settings: Settings) -> Sums:
     while True:
         try:
             return measure(call, settings.tried, settings.predictor, rows)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error) or rows == 1:
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or rows == 1:
                 raise
         rows //= 4 if rows > 4 else rows
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ from sparge_compile.backend import transform_sites
 from sparge_compile.explain_calls import Collector, watch_dense_calls
 from sparge_compile.policy import Policy, split_options
 from sparge_compile.report import Report
-from sparge_compile.watch import NONE_SEEN, module_running, run_aside
+from sparge_compile.watch import NONE_SEEN, module_running, run_aside, weakly
 
 
 def explain(
@@ -56,16 +56,19 @@ def explain(
     Raises:
         StrictPolicyError: the policy is strict and a call cannot be rewritten.
         ProfileError: the policy's profile was made for another model.
-        TypeError: tile_maps is a string.
+        TypeError: tile_maps is a string, or holds what is none.
     """
     if isinstance(tile_maps, str):
         raise TypeError(f"tile_maps={tile_maps!r}: must be a tuple of patterns; write tile_maps=({tile_maps!r},).")
+    patterns = tuple(tile_maps)
+    if strangers := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(f"tile_maps holds {strangers[0]!r}: its patterns must be strings such as 'blocks.0.*'.")
     target, options = dynamo.uncompiled(model)
     chosen = context.in_force(split_options(options)[0]) if policy is None else policy
     if chosen.enabled and chosen.profile is not None and isinstance(target, nn.Module):
         chosen.profile.check_model(target)  # here, where the warnings are heard
         chosen.profile.warn_of_missing_sites(target)
-    collector = Collector(target, timing, tuple(tile_maps))
+    collector = Collector(target, timing, patterns)
     token = _COLLECTOR.set(collector)
     try:
         with warnings.catch_warnings(), run_aside(target, _report_when_run, chosen) as compiled:
@@ -86,14 +89,14 @@ def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
     diff = graph_diff.difference(before, graph_diff.readable(gm)) if outcomes else ""
     watch_dense_calls(gm, outcomes, _COLLECTOR.get)
     sites = [report for _, report in outcomes]
-    traced_in = module_running(sys._getframe(1))
+    traced_in = weakly(module_running(sys._getframe(1)))
     forward = gm.forward
 
     def run(*inputs: Any) -> Any:
         collector = _COLLECTOR.get()
         if collector is None:
             return forward(*inputs)
-        with collector.graph_runs(sites, diff, traced_in, module_running(sys._getframe(1))):
+        with collector.graph_runs(sites, diff, traced_in(), module_running(sys._getframe(1))):
             return forward(*inputs)
 
     return run

@@ -19,7 +19,7 @@ from sparge_compile.rewrite import attn_mask
 from sparge_compile.search import Call
 from sparge_compile.site import Claim, Decision, Refusal
 from sparge_compile.site_names import module_named, split
-from sparge_compile.watch import OUTSIDE, Watcher, module_running
+from sparge_compile.watch import OUTSIDE, Watcher, module_running, weakly
 
 
 class Observer(Watcher):
@@ -79,14 +79,14 @@ def observing_backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Call
         if isinstance(outcome, Decision):
             _look_on(gm.graph, outcome)
     gm.recompile()
-    traced_in = module_running(sys._getframe(1))
+    traced_in = weakly(module_running(sys._getframe(1)))
     forward = gm.forward
 
     def run(*inputs: Any) -> Any:
         observer = _OBSERVER.get()
         if observer is None:
             return forward(*inputs)
-        observer.modules = (traced_in, module_running(sys._getframe(1)))
+        observer.modules = (traced_in(), module_running(sys._getframe(1)))
         for site, reason in refused.items():
             observer.refuse(observer.name_of(site, *observer.modules), reason)
         with observer.inside_graph():

@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -191,6 +192,11 @@ def _source(frame: FrameType) -> str:
         user = user.f_back
     found = user or frame
     return f"{found.f_code.co_filename}:{found.f_lineno}"
+
+
+def weakly(module: nn.Module | None) -> Callable[[], nn.Module | None]:
+    """The module as long as it lives. TorchDynamo keeps what a backend returns, which so keeps no model alive."""
+    return (lambda: None) if module is None else weakref.ref(module)
 
 
 def module_running(frame: FrameType | None) -> nn.Module | None:

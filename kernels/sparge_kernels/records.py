@@ -31,7 +31,7 @@ class StatsRecord:
         tiles: the tiles it computed, bool [B, Hq, ceil(Sq / 128), ceil(Sk / 64)] on the CPU; None if nobody asked, or
             if it ran dense.
         dense_ms, sparse_ms: milliseconds of F.scaled_dot_product_attention and of this operator on the call's tensors;
-            None if nobody asked, memory ran out or, of sparse_ms, if it ran dense.
+            None if nobody asked, memory ran out, the call was empty or, of sparse_ms, if it ran dense.
     """
 
     site: str
@@ -61,8 +61,15 @@ class CallTimer:
                 call()
             self._warm.add(kind)
             return _on_gpu(calls, device) if device.type == "cuda" else [_wall_clock(call) for call in calls]
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Did a device run out of memory? On a CPU torch says so in words only."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _wall_clock(call: Callable[[], object]) -> float:
@@ -113,9 +120,11 @@ class Recorder:
         if self._timer is not None:
             tensors, dense, sparse = _calls(*args, **kwargs)
             calls = (dense, sparse) if record.ran == "sparse" else (dense,)
-            with _unrecorded(), torch.autocast(tensors[0].device.type, enabled=False):
-                dense_ms, sparse_ms = (*(self._timer(calls, tensors) or ()), None, None)[:2]
-            record = replace(record, dense_ms=dense_ms, sparse_ms=sparse_ms)
+            # An empty call takes no time, and torch 2.11's CPU kernel dies of a division by zero heads.
+            if all(x.numel() for x in tensors):
+                with _unrecorded(), torch.autocast(tensors[0].device.type, enabled=False):
+                    dense_ms, sparse_ms = (*(self._timer(calls, tensors) or ()), None, None)[:2]
+                record = replace(record, dense_ms=dense_ms, sparse_ms=sparse_ms)
         self.records.append(record)
 
     def room_for_tiles(self, site: str, query: Tensor, key: Tensor) -> Tensor | None:

@@ -1,6 +1,8 @@
 """Calibrated thresholds keep their promise on the kernel, by an independent measure; and every way not to calibrate."""
 
+import gc
 import json
+import weakref
 from fractions import Fraction
 
 import pytest
@@ -444,3 +446,12 @@ def test_a_profile_of_a_calibration_round_trips(tmp_path):
     profile.save(tmp_path / "profile.json")
     assert Profile.load(tmp_path / "profile.json") == profile
     assert all(len(line) <= 100 for line in str(profile).splitlines())
+
+
+def test_calibrate_keeps_no_model_alive():
+    model = Stack(1).eval()
+    sparge.calibrate(model, [torch.randn(1, 300, 16)], **QUIET)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None

@@ -1,9 +1,11 @@
 """`explain` and `last_report` list every attention call once, with what the compile does to it, and change nothing."""
 
 import cProfile
+import gc
 import json
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -245,6 +247,15 @@ def test_explain_has_no_lasting_effect():
     assert model._compiled_call_impl is impl and model.training and torch.is_grad_enabled()
     assert list(warnings.filters) == filters
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_explain_keeps_no_model_alive():
+    model = Stack(2).eval()
+    sparge.explain(model, X, policy=EXACT)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_running_profiler_survives_explain():

@@ -183,6 +183,8 @@ def test_a_tile_map_that_is_not_there_says_what_to_do():
         report.tile_map("blocks.0", 0, -1)
     with pytest.raises(TypeError, match=r"write tile_maps=\('a',\)"):
         sparge.explain(Stack(1), X, tile_maps="a")
+    with pytest.raises(TypeError, match="tile_maps holds 1:"):
+        sparge.explain(Stack(1), X, tile_maps=("a", 1))
 
 
 def test_the_json_holds_everything_and_no_number_that_json_lacks(clock):

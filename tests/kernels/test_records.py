@@ -77,6 +77,34 @@ def test_ambient_autocast_does_not_change_what_is_timed(monkeypatch):
     assert set(dtypes) == {torch.float32}
 
 
+ERRORS = {
+    "GPU": (torch.OutOfMemoryError("CUDA out of memory."), True),
+    "CPU": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+    "kernel": (MemoryError("no memory for its buffers"), True),
+    "another": (RuntimeError("The size of tensor a must match"), False),
+}
+
+
+@pytest.mark.parametrize(("error", "is_memory"), ERRORS.values(), ids=ERRORS.keys())
+def test_a_dense_call_without_memory_has_no_time_and_ends_nothing(error, is_memory, monkeypatch):
+    def dense(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(records.F, "scaled_dot_product_attention", dense)
+    q, k, v = random_qkv(150, 150)
+    outcome = contextlib.nullcontext() if is_memory else pytest.raises(RuntimeError, match="must match")
+    with ops.record_stats(timer=ops.CallTimer()) as kept, outcome:
+        torch.ops.sparge.attention(q, k, v, thresholds=THRESHOLDS)
+    assert [(record.dense_ms, record.sparse_ms) for record in kept] == [(None, None)] * is_memory
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 64, 16), (1, 0, 64, 16), (1, 2, 0, 16)], ids=["batch", "heads", "tokens"])
+def test_empty_calls_are_not_timed(shape):
+    with ops.record_stats(timer=ops.CallTimer()) as kept:
+        torch.ops.sparge.attention(*[torch.randn(shape)] * 3, thresholds=THRESHOLDS)
+    assert [(record.ran, record.dense_ms) for record in kept] == [("dense", None)]
+
+
 class Event:
     """Of a GPU on which the time of each event is the number of calls so far, squared."""
 
