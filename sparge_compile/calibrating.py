@@ -120,7 +120,7 @@ class _Calibration:
                     self.checkpoint.next_input(finished, batch)
                     if finished > done:
                         with warnings.catch_warnings():
-                            warnings.simplefilter("ignore", UserWarning)
+                            warnings.filterwarnings("ignore", "sparge", UserWarning)
                             observer.run(compiled, batch)
                         self.checkpoint.save(finished, sites)
                     bar.update()

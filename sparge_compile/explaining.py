@@ -72,7 +72,7 @@ def explain(
     token = _COLLECTOR.set(collector)
     try:
         with warnings.catch_warnings(), run_aside(target, _report_when_run, chosen) as compiled:
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.filterwarnings("ignore", "sparge", UserWarning)  # the report says it
             with collector.watching_eager_calls():
                 compiled(*args, **kwargs)
     finally:

@@ -340,3 +340,17 @@ def test_explaining_many_policies_leaves_room_to_compile():
     with torch.no_grad():
         torch.compile(model, backend=backend)(X)
     assert backend.rewritten == [True]
+
+
+def test_the_models_own_warnings_are_heard_and_ours_are_in_the_report():
+    class Warns(torch.nn.Module):
+        def forward(self, x):
+            warnings.warn("of the model", stacklevel=1)
+            return F.scaled_dot_product_attention(x, x, x)
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        report = sparge.explain(Warns(), torch.randn(1, 2, 6, 8))
+    assert len(report.dense) == 1
+    texts = [str(warning.message) for warning in heard]
+    assert "of the model" in texts and not any(text.startswith("sparge") for text in texts)
