@@ -106,7 +106,7 @@ def assert_same_weights(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, *, tile
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     layout=st.sampled_from(sorted(LAYOUTS)),
     scale=st.sampled_from([None, 1.0, -0.4]),
-    mask=st.sampled_from(["none", "causal", *MASKS]),
+    mask=st.sampled_from(["none", "is_causal", *MASKS]),
     seed=st.integers(0, 5),
 )
 def test_clusters_and_weights(q_len, k_len, dim, heads, dtype, layout, scale, mask, seed):
@@ -115,7 +115,7 @@ def test_clusters_and_weights(q_len, k_len, dim, heads, dtype, layout, scale, ma
         tensors = [(x * 16).round() / 16 for x in tensors]
     q, k, v = (LAYOUTS[layout](x) for x in tensors)
     head, tile = seed % heads[0], seed % tile_count(q_len, Q_TILE)
-    options = {"is_causal": mask == "causal", "scale": scale}
+    options = {"is_causal": mask == "is_causal", "scale": scale}
     if mask in MASKS:
         options["attn_mask"] = MASKS[mask](1, heads[0], q_len, k_len)
     actual = clustered(q, k, v, **options, tile=tile, head=head)
