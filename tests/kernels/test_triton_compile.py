@@ -16,6 +16,7 @@ import pytest
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(900)  # a minute or two, more beside other work
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
 
 # Kernels that must not pass: each is one call under compiling_for(), written to a file because Triton reads sources.
@@ -80,13 +81,13 @@ def compiled() -> dict[str, object]:
     return json.loads(run(str(BENCHMARKS / "triton_resources.py"), "--core", "--check", "--json").splitlines()[-1])
 
 
-@pytest.mark.skipif(
-    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9),
-    reason="Triton before 3.9 spills registers on every target, and does not compile for sm100",
-)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_spills_and_with_the_gpus_matrix_instructions(compiled, target):
     faults = [fault for fault in compiled["faults"] if fault.startswith(f"{target},")]
+    if OLD_TRITON:  # seen of 3.6: it spills, and sm100 does not compile at all (docs/kernels.md)
+        faults = [fault for fault in faults if " spills " not in fault]
+        if target == "sm100":
+            faults = [fault for fault in faults if "does not compile" not in fault]
     assert not faults, "\n".join(faults)
 
 
