@@ -1,4 +1,7 @@
-"""Every block of Python in README and docs runs, each document from its top, as a reader would paste it."""
+"""Every block of Python in README, docs and examples runs, each document from its top, as a reader would paste it.
+
+What they tell a reader to type into a shell: test_commands.py.
+"""
 
 import sys
 import warnings
@@ -13,9 +16,11 @@ from torch import nn
 
 import sparge_compile as sparge
 from sparge_compile.matchers import MATCHERS
+from sparge_compile.rules import BREAK_EVEN
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted(ROOT.glob("examples/*/README.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *EXAMPLES]
 
 
 class Block(nn.Module):
@@ -84,7 +89,11 @@ def links_of(document):
                 yield address
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def name_of(document):
+    return document.relative_to(ROOT).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(document):
     files = [link.partition("#")[0] for link in links_of(document) if "://" not in link]
     assert [file for file in files if file and not (document.parent / file).exists()] == []
@@ -92,7 +101,12 @@ def test_links_lead_somewhere(document):
 
 @pytest.fixture
 def pasted(monkeypatch, tmp_path):
-    """The module that a document is pasted into, in a folder to write to; matchers are as they were afterwards."""
+    """The module that a document is pasted into, in a folder to write to; matchers are as they were afterwards.
+
+    The default min_tokens is that of the fastest CPUs, which the documents' lengths are for, on every machine.
+    """
+    for kind in ("cpu", "cpu in fp32"):
+        monkeypatch.setitem(BREAK_EVEN, kind, 1024)
     module = ModuleType("pasted")
     vars(module).update(what_a_reader_has())
     monkeypatch.setitem(sys.modules, "pasted", module)
@@ -103,11 +117,14 @@ def pasted(monkeypatch, tmp_path):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("document", [x for x in DOCUMENTS if blocks_of(x)], ids=lambda path: path.stem)
-def test_every_block_runs(document, pasted):
-    with torch.no_grad(), warnings.catch_warnings():
+@pytest.mark.parametrize("document", [x for x in DOCUMENTS if blocks_of(x)], ids=name_of)
+def test_every_block_runs(document, pasted, monkeypatch):
+    monkeypatch.syspath_prepend(document.parent)  # examples import what lies beside them
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for block in blocks_of(document):
             # Lines are counted from the top of the document, so that an error names the line that is wrong.
             source = "\n" * (block.map[0] + 1) + block.content
             exec(compile(source, str(document), "exec"), vars(pasted))
+    if document == ROOT / "README.md":
+        assert len(sparge.last_report().rewritten) == 2, sparge.last_report()

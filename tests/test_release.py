@@ -7,11 +7,10 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from sources import ROOT, copy_sources
 
 IMPORT = """
 import sys, time
@@ -76,21 +75,9 @@ def test_every_public_name_is_there():
 def built(tmp_path_factory):
     """A folder with the sdist, and the wheel that is built from that sdist."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for path in _sources():
-        (source / path).parent.mkdir(parents=True, exist_ok=True)
-        (source / path).write_bytes((ROOT / path).read_bytes())
+    copy_sources(source)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
     return out
-
-
-def _sources():
-    """The project's files, from git where this is a repository; a copy without one has nothing else in it."""
-    if (ROOT / ".git").exists():
-        names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-        return [Path(name) for name in names if (ROOT / name).is_file()]
-    made_here = {".venv", ".pytest_cache", ".hypothesis", "__pycache__", "dist", "build"}
-    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
-    return [path for path in paths if not made_here & set(path.parts)]
 
 
 def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(built):

@@ -1,5 +1,6 @@
 """Test scenes restored with attention limited to tokens nearby, and with all of it: `python locality.py`."""
 
+import argparse
 from unittest import mock
 
 import torch
@@ -23,6 +24,7 @@ def within(radius: int) -> Tensor:
 @torch.no_grad()
 def main() -> None:
     """Print a line for each radius."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     model, dense = load_pretrained(), F.scaled_dot_product_attention
     for radius in (SIDE, 12, 6, 3):
         mask, found = within(radius), []

@@ -43,8 +43,8 @@ def test_another_number_is_an_error_with_the_table_and_every_reason():
 
 
 def test_the_documents_example_runs(tmp_path):
-    (example,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
-    (tmp_path / "test_example.py").write_text(example)
+    blocks = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "test_example.py").write_text("\n".join(blocks))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     environment = os.environ | {"CI": "true"}  # hypothesis then draws the same examples each time
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
