@@ -118,6 +118,16 @@ def guard_on_what_is_reserved() -> None:
     dynamo.install_attribute_guard(__name__, "STATE", "reserved")
 
 
+@torch.compiler.assume_constant_result  # so TorchDynamo runs it for real while it traces, and lets the error out
+def _refuse_in_graphs() -> None:
+    if dynamo.code_being_compiled() is rewriting.__init__.__code__:
+        return  # called from a frame that runs eagerly
+    raise AssertionError(
+        "sparge_compile.rewriting(...) is inside compiled code, which has the policy around its call: enter it around "
+        "the compiled model, or compile what runs inside it alone."
+    )
+
+
 class rewriting:
     """Context manager and decorator: the policy for everything compiled with the sparge backend that runs inside.
 
@@ -136,6 +146,8 @@ class rewriting:
     def __init__(self, policy: Policy | None = None, **fields: Any) -> None:
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"rewriting({policy!r}): takes a sparge_compile.Policy, or its fields as keywords.")
+        if torch.compiler.is_dynamo_compiling():
+            _refuse_in_graphs()
         replace(policy or Policy(), fields)  # checks the fields now, where the traceback points at the mistake
         self._policy = policy
         self._fields = fields
@@ -175,4 +187,4 @@ class rewriting:
         return cast(_Function, call)
 
 
-dynamo.forbid_in_graphs(rewriting, rewriting.__enter__, rewriting.__exit__)
+dynamo.forbid_in_graphs(rewriting.__enter__, rewriting.__exit__)

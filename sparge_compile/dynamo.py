@@ -24,9 +24,9 @@ from torch._dynamo import callback as _callback
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource, LocalSource
+from torch._dynamo.source import AttrSource, GetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import TracingContext
+from torch._guards import Source, TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import forward_ad as _forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -40,10 +40,12 @@ HigherOrderOperator = torch._ops.HigherOrderOperator
 FUSED_ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 FUSED_MULTI_HEAD_ATTENTION = torch._native_multi_head_attention
 addmm_activation = torch._addmm_activation  # what the fused layer calls: on GPUs its gelu is the tanh approximation
+int8_matmul = torch._int_mm  # int8 [M, K] x [K, N] -> int32
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
-_ROOT_LOCAL = re.compile(r"""L\[['"](\w+)['"]\]""")
+_ROOT_LOCAL = re.compile(r"""L\[['"](\w+(?:\[0\])?)['"]\]""")
+_FIRST = "[0]"
 _STACK_ENTRY = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
@@ -89,12 +91,15 @@ def root_module(path: str | None) -> nn.Module | None:
     continuation that holds the module in a variable of its own making.
     """
     name = root_local(path)
-    module = _translator().output.local_scope.get(name) if is_compiling_frame() else None
+    module = _local(name) if is_compiling_frame() and name is not None else None
     return module if isinstance(module, nn.Module) else None
 
 
 def root_local(path: str | None) -> str | None:
-    """The name of that variable: the one in the path, else the frame's self or first argument if that is a module."""
+    """The name of that variable: the one in the path, else the frame's self or first argument if that is a module.
+
+    `args[0]` is the first argument of a forward whose decorator takes `*args`.
+    """
     named = _ROOT_LOCAL.match(path or "")
     if named:
         return named.group(1)
@@ -103,12 +108,40 @@ def root_local(path: str | None) -> str | None:
     output = _translator().output
     code = output.root_tx.f_code
     candidates = ["self", *code.co_varnames[: min(code.co_argcount, 1)]]
-    return next((name for name in candidates if isinstance(output.local_scope.get(name), nn.Module)), None)
+    found = (name for name in candidates if isinstance(output.local_scope.get(name), nn.Module))
+    return next(found, _self_in_varargs())
+
+
+def _self_in_varargs() -> str | None:
+    """`args[0]` where the frame is a module's forward of the kind `def wrapper(*args, **kwargs)`, a decorator's."""
+    output = _translator().output
+    code = output.root_tx.f_code
+    if not code.co_flags & inspect.CO_VARARGS or code.co_argcount:
+        return None
+    name = code.co_varnames[code.co_kwonlyargcount] + _FIRST
+    owner = _local(name)
+    # Not any function of modules, `def run(*layers)`: there the first is one of many.
+    is_forward = isinstance(owner, nn.Module) and getattr(owner.forward, "__code__", None) is code
+    return name if is_forward else None
+
+
+def _local(name: str) -> Any:
+    """What a local variable of the frame being compiled holds, or its first item."""
+    value = _translator().output.local_scope.get(name.removesuffix(_FIRST))
+    if not name.endswith(_FIRST):
+        return value
+    return value[0] if isinstance(value, tuple) and value else None
+
+
+def _local_source(name: str) -> Source:
+    """How a guard reads that."""
+    source = LocalSource(name.removesuffix(_FIRST))
+    return GetItemSource(source, 0) if name.endswith(_FIRST) else source
 
 
 def module_in_local(name: str, path: str) -> nn.Module | None:
     """The module at a qualified path from the module in a local variable of the frame being compiled."""
-    root = _translator().output.local_scope.get(name)
+    root = _local(name)
     try:
         return root.get_submodule(path) if isinstance(root, nn.Module) else None
     except AttributeError:
@@ -122,15 +155,17 @@ def guard_on_attribute_of_local(name: str, attribute: str) -> bool:
     changes.
     """
     scope = _translator().output.local_scope
-    names = [name] if name else [other for other, value in scope.items() if isinstance(value, nn.Module)]
-    answers = [_guard_on_attribute(local, scope.get(local), attribute) for local in names]
+    first = _self_in_varargs()
+    modules = [other for other, value in scope.items() if isinstance(value, nn.Module)]
+    names = [name] if name else [*modules, *([first] if first else [])]
+    answers = [_guard_on_attribute(local, _local(local), attribute) for local in names]
     return any(answers)
 
 
 def _guard_on_attribute(local: str, module: Any, attribute: str) -> bool:
     if not isinstance(module, nn.Module):
         return False
-    source = LocalSource(local)
+    source = _local_source(local)
     has = attribute in vars(module)
     if has:
         install_guard(AttrSource(source, attribute).make_guard(GuardBuilder.EQUALS_MATCH))
@@ -332,12 +367,19 @@ def physical_layout(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def module_path(node: fx.Node) -> tuple[str, str] | None:
-    """(path as TorchDynamo writes it, class name) of the innermost module a node was traced in."""
+    """(path as TorchDynamo writes it, class name) of the innermost module a node was traced in.
+
+    The start of the path is one local variable: `L['args'][0]` of `_self_in_varargs` is written `L['args[0]']`.
+    """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
     path, owner = list(stack.values())[-1]
-    return str(path), owner.__name__ if isinstance(owner, type) else str(owner).rsplit(".", 1)[-1]
+    path, first = str(path), _self_in_varargs() if is_compiling_frame() else None
+    if first is not None:
+        name = first.removesuffix(_FIRST)
+        path = re.sub(rf"""^L\[(['"]){name}\1\]\[0\]""", f"L['{first}']", path)
+    return path, owner.__name__ if isinstance(owner, type) else str(owner).rsplit(".", 1)[-1]
 
 
 def user_frame(node: fx.Node) -> tuple[str, int, str] | None:

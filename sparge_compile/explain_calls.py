@@ -15,9 +15,12 @@ from sparge_compile.markers import ATTACHED_SOURCE
 from sparge_compile.matchers.sdpa import is_sdpa
 from sparge_compile.report import SiteReport
 from sparge_compile.site import AttentionSite
-from sparge_compile.watch import OUTSIDE, Watcher
+from sparge_compile.watch import Watcher
 from sparge_kernels import ops
 
+_OF_THE_MODELS_OWN = (
+    "Not listed: {} of sparge_compile.attention, made by the model itself; with return_stats=True it tells what it did."
+)
 _DENSE_AT_RUN_TIME = "the operator ran it dense: at run time there were fewer queries or keys than min_tokens, or none"
 
 
@@ -33,11 +36,24 @@ class Collector(Watcher):
         self._tile_maps = tile_maps
         self._dense_ms: dict[str, float] = {}  # of the calls of the graph that runs
         self._calls: dict[tuple[str, str, bool], list[SiteReport]] = {}
+        self._of_the_models_own = 0  # calls of sparge.attention
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
         """One entry for all calls of a site that ran one way."""
         return tuple(map(_together, self._calls.values()))
+
+    @property
+    def unmatched_patterns(self) -> list[str]:
+        """Of `tile_maps`, those that no kept map is for."""
+        return [pattern for pattern in self._tile_maps if not fnmatch.filter(self.tiles, pattern)]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        count = self._of_the_models_own
+        if not count:
+            return super().notes
+        return (*super().notes, _OF_THE_MODELS_OWN.format("1 call" if count == 1 else f"{count} calls"))
 
     @contextlib.contextmanager
     def graph_runs(
@@ -60,6 +76,8 @@ class Collector(Watcher):
         if diff:
             self.diffs[diff] = None
         self.tiles.update({name_of(record.site): record.tiles for record in records if record.tiles is not None})
+        listed = {site.name for site in sites}
+        self._of_the_models_own += sum(record.site not in listed for record in records)
         for site in _as_they_ran(sites, records, self._dense_ms):
             name = name_of(site.name)
             if site.threshold_source == ATTACHED_SOURCE:
@@ -73,8 +91,8 @@ class Collector(Watcher):
         if times is not None:
             self._dense_ms[site] = times[0]
 
-    def ran_outside(self, name: str, source: str, pattern: str) -> None:
-        self._list(SiteReport(name, rewritten=False, reason=OUTSIDE, source=source, pattern=pattern, calls=1))
+    def ran_outside(self, name: str, source: str, pattern: str, reason: str) -> None:
+        self._list(SiteReport(name, rewritten=False, reason=reason, source=source, pattern=pattern, calls=1))
 
     def _list(self, site: SiteReport) -> None:
         self._calls.setdefault((site.name, site.source, site.rewritten), []).append(site)
@@ -123,7 +141,8 @@ def _as_they_ran(
 
 
 def _measured(site: SiteReport, record: ops.StatsRecord) -> SiteReport:
-    site = replace(site, calls=1, dense_ms=record.dense_ms, sparse_ms=record.sparse_ms)
+    q_len, k_len = record.lengths
+    site = replace(site, calls=1, dense_ms=record.dense_ms, sparse_ms=record.sparse_ms, q_len=q_len, k_len=k_len)
     if not site.rewritten:
         return site
     return replace(

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from sparge_compile import context, dynamo, graph_diff
@@ -43,9 +44,10 @@ def explain(
         policy: the policy to explain. None: the one in force here, on top of the `options` of a compiled model.
         timing: time each rewritten call too, on its own tensors: once as the operator and once densely, as
             F.scaled_dot_product_attention with its dtype, mask (or is_causal) and number of heads, after one run of
-            both to warm up for each kind of call. So the attention part takes about one dense and one sparse run
-            longer, and the memory that a dense call takes. Calls of F.scaled_dot_product_attention that stay dense run
-            once more as they are, unless they have dropout; other dense calls are not timed.
+            both to warm up for each kind of call (short calls on a CPU: the best of three). So the attention part takes
+            about one dense and one sparse run longer, and the memory that a dense call takes. Calls of
+            F.scaled_dot_product_attention that stay dense run once more as they are, unless they have dropout; other
+            dense calls are not timed.
         tile_maps: patterns (fnmatch) of the names of sites whose tiles are kept for `Report.tile_map`: for each of
             their batches and query heads q_len * k_len / 8192 bytes.
 
@@ -54,20 +56,22 @@ def explain(
         ran sparse and dense, for inputs of two lengths say, is listed once as each. `notes` says what was not seen.
 
     Raises:
-        StrictPolicyError: the policy is strict and a call cannot be rewritten.
+        StrictPolicyError: the policy is strict and a call in a compiled graph cannot be rewritten. Calls outside all
+            graphs are listed.
         ProfileError: the policy's profile was made for another model.
-        TypeError: tile_maps is a string, or holds what is none.
+        TypeError: the model cannot be called, the policy is none, or tile_maps is no sequence of strings.
     """
-    if isinstance(tile_maps, str):
-        raise TypeError(f"tile_maps={tile_maps!r}: must be a tuple of patterns; write tile_maps=({tile_maps!r},).")
-    patterns = tuple(tile_maps)
-    if strangers := [pattern for pattern in patterns if not isinstance(pattern, str)]:
-        raise TypeError(f"tile_maps holds {strangers[0]!r}: its patterns must be strings such as 'blocks.0.*'.")
+    patterns = _patterns(tile_maps)
+    if not callable(model):
+        raise TypeError(f"explain({model!r}, ...): takes a module or a function, and what to call it with.")
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r}: must be a sparge_compile.Policy.")
     target, options = dynamo.uncompiled(model)
     chosen = context.in_force(split_options(options)[0]) if policy is None else policy
     if chosen.enabled and chosen.profile is not None and isinstance(target, nn.Module):
         chosen.profile.check_model(target)  # here, where the warnings are heard
         chosen.profile.warn_of_missing_sites(target)
+    wants_gradients = _wants_gradients(target)
     collector = Collector(target, timing, patterns)
     token = _COLLECTOR.set(collector)
     try:
@@ -78,8 +82,34 @@ def explain(
     finally:
         _COLLECTOR.reset(token)
     sites = collector.sites
-    notes = collector.notes or (() if sites else (NONE_SEEN,))
-    return Report(sites, notes, tuple(collector.diffs), collector.tiles)
+    notes = [*(collector.notes or (() if sites else (NONE_SEEN,)))]
+    notes += [f"tile_maps: no rewritten call has a name like {pattern!r}" for pattern in collector.unmatched_patterns]
+    if wants_gradients and any(site.rewritten for site in sites):
+        notes.append(_WITHOUT_GRADIENTS)
+    return Report(sites, tuple(notes), tuple(collector.diffs), collector.tiles)
+
+
+_WITHOUT_GRADIENTS = (
+    "This was run without gradients. Where they are on, as they are here, calls that need one stay dense: run the "
+    "model under torch.no_grad() or torch.inference_mode()."
+)
+
+
+def _patterns(tile_maps: Any) -> tuple[str, ...]:
+    if isinstance(tile_maps, str):
+        raise TypeError(f"tile_maps={tile_maps!r}: must be a tuple of patterns; write tile_maps=({tile_maps!r},).")
+    if not isinstance(tile_maps, Iterable):
+        raise TypeError(f"tile_maps={tile_maps!r}: must be a tuple of patterns such as ('blocks.0.*',).")
+    patterns = tuple(tile_maps)
+    if strangers := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(f"tile_maps holds {strangers[0]!r}: its patterns must be strings such as 'blocks.0.*'.")
+    return patterns
+
+
+def _wants_gradients(target: Callable[..., Any]) -> bool:
+    """Would a plain call of it here be recorded for a backward?"""
+    parameters = target.parameters() if isinstance(target, nn.Module) else ()
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
 
 
 def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from sparge_compile.rewrite import attn_mask
 from sparge_compile.search import Call
 from sparge_compile.site import Claim, Decision, Refusal
 from sparge_compile.site_names import module_named, split
-from sparge_compile.watch import OUTSIDE, Watcher, module_running, weakly
+from sparge_compile.watch import Watcher, module_running, weakly
 
 
 class Observer(Watcher):
@@ -42,8 +42,8 @@ class Observer(Watcher):
         model = self.target
         return isinstance(model, nn.Module) and module_named(model, split(site)[0]) is None
 
-    def ran_outside(self, name: str, source: str, pattern: str) -> None:
-        self.refuse(name, f"{OUTSIDE} ({source})")
+    def ran_outside(self, name: str, source: str, pattern: str, reason: str) -> None:
+        self.refuse(name, f"{reason} ({source})")
 
     def run(self, model: Callable[..., Any], batch: Any) -> None:
         """Runs a compiled model (its backend is `observing_backend`) on one batch: its arguments, or its argument."""

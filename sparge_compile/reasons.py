@@ -30,8 +30,10 @@ class Kind:
 
 KINDS = (
     # What the user asked for.
-    Kind("the policy keeps it dense", "as asked", "A pattern of Policy.dense names it.", "Take the pattern out."),
-    Kind("rewriting is off", "as asked", "The policy has enabled=False.", "Use enabled=True."),
+    Kind(
+        "the policy keeps it dense", "as asked", "A pattern of Policy.dense names it.", "Nothing, if it is to stay so."
+    ),
+    Kind("rewriting is off", "as asked", "The policy has enabled=False.", "Nothing, if it is to stay so."),
     Kind(
         "profile keeps it dense",
         "as asked",
@@ -82,7 +84,13 @@ KINDS = (
         "outside every compiled graph",
         "not compiled",
         "Only compiled graphs are rewritten, and this call ran eagerly.",
-        "Remove the graph break (TORCH_LOGS=graph_breaks shows it), or compile the part that runs alone.",
+        "Remove the graph break, or compile the part that runs alone.",
+    ),
+    Kind(
+        "torch.compiler.config.recompile_limit allows",
+        "not compiled",
+        "Torch compiles a piece of code only so often, and then runs it eagerly.",
+        "Fewer lengths and policies, dynamic=True, no attributes that differ from layer to layer, or a larger limit.",
     ),
     Kind(
         "cuts the call off from its module",

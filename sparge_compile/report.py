@@ -29,7 +29,7 @@ class SiteReport:
         rewritten: does it run `sparge::attention`?
         reason: why it stayed dense; None if rewritten.
         q_len, k_len, heads, head_dim: sizes at compile time, None where the call does not show them; q_len and k_len
-            are texts such as `s27` where they are dynamic.
+            are texts such as `s27` where they are dynamic, and those of the last run where `explain` saw the call run.
         dtype: of the output, as `bfloat16`.
         is_causal: as computed, a recognised causal mask included.
         masked: a mask is given to the kernel, or to the dense call; one that is recognised as causal or open is not.
@@ -138,11 +138,14 @@ class Report:
         Raises:
             KeyError: no such site, it stayed dense, or its tiles were not kept.
             ValueError: no such head or batch.
+            TypeError: a head or batch that is no whole number.
         """
         if site not in self.tiles:
             raise KeyError(self._why_no_tiles(site))
         tiles = self.tiles[site]
         for what, index, size in (("batch", batch, tiles.shape[0]), ("head", head, tiles.shape[1])):
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise TypeError(f"{what}={index!r}: must be a whole number.")
             if not 0 <= index < size:
                 raise ValueError(f"{what}={index}: {site} has {size}; 0 to {size - 1} is allowed.")
         return tiles[batch, head]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ _FIRST_TO_GO = ("heads\nx dim", "dtype", "mask", "queries\nx keys", "thresholds"
 _WIDEST = 17
 _NARROWEST_SITE = 20
 _GAP = 2
+_LABELS = 12
+"""So many names stand below a reason; all of them stand in the table."""
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -73,7 +76,7 @@ def rendered(report: Report, width: int) -> Iterator[RenderableType]:
         change = what_to_change(reason)
         if change is not None:
             yield text(f"to change: {change}", "cyan", indent=4)
-        yield text(", ".join(group.label for group in groups), "dim", indent=4)
+        yield text(_few(groups), "dim", indent=4)
     for line in (*_recompiles(report.sites), *report.notes):
         yield text(line, "yellow")
 
@@ -101,14 +104,26 @@ def _facts(site: SiteReport) -> tuple[Any, ...]:
 
 
 def _cells(site: SiteReport) -> tuple[str, ...]:
-    source = "attached" if site.threshold_source == ATTACHED_SOURCE else _shown(site.threshold_source)
     return (
-        source if site.rewritten else "dense",
-        f"{_shown(site.q_len)} x {_shown(site.k_len)}",
-        f"{_shown(site.heads)} x {_shown(site.head_dim)}",
+        _set_by(site),
+        _product(site.q_len, site.k_len),
+        _product(site.heads, site.head_dim),
         _SHORT.get(site.dtype or "", _shown(site.dtype)),
         "causal" if site.is_causal else ("given" if site.masked else "-"),
     )
+
+
+def _set_by(site: SiteReport) -> str:
+    """Who set the thresholds, in a word. Which of our own rules it was is in `SiteReport.threshold_source`."""
+    if not site.rewritten:
+        return "dense"
+    if site.threshold_source == ATTACHED_SOURCE:
+        return "attached"
+    return "default" if (site.threshold_source or "").startswith("rule ") else _shown(site.threshold_source)
+
+
+def _product(left: object, right: object) -> str:
+    return "-" if left is None and right is None else f"{_shown(left)} x {_shown(right)}"
 
 
 def _table(sites: Sequence[SiteReport], width: int) -> Table:
@@ -159,9 +174,9 @@ def _name(group: Group, width: int) -> Text:
 
 
 def _broken(name: str, width: int) -> list[str]:
-    """The name in lines, broken behind dots and spaces; a part that is too long for a line loses its middle."""
+    """The name in lines, broken behind dots, commas and spaces; a part that is too long for a line loses its middle."""
     lines = [""]
-    for part in name.replace(".", ".\0").replace(" ", " \0").split("\0"):
+    for part in re.sub(r"([., ])", "\\1\0", name).split("\0"):
         room = width - 2  # of the lines that follow, which are indented
         if len(part) > room:
             part = part[: room // 2] + "…" + part[len(part) - (room - room // 2 - 1) :]
@@ -186,8 +201,8 @@ def _times_as_fast(sites: Sequence[SiteReport]) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio of times with one digit behind the point, or two if it is a loss."""
-    return f"{ratio:.1f}" if ratio >= 0.95 else f"{ratio:.2f}"
+    """A ratio of times with one digit behind the point, or two where one would hide on which side of 1 it is."""
+    return f"{ratio:.1f}" if ratio >= 1.05 else f"{ratio:.2f}"
 
 
 def _ms(milliseconds: float) -> str:
@@ -211,14 +226,21 @@ def _by_reason(sites: Sequence[SiteReport]) -> dict[str, list[Group]]:
 
 
 def _recompiles(sites: Sequence[SiteReport]) -> list[str]:
-    """A line for each number of variants beyond the first."""
-    numbers = sorted({site.variant for site in sites if site.variant is not None and site.variant > 1})
+    """A line if the code of a call was compiled more than once."""
+    again = [site for site in sites if (site.variant or 1) > 1]
+    if not again:
+        return []
+    most = max(site.variant or 1 for site in again)
     limit = dynamo.recompile_limit()
-    return [
-        f"compiled {number} times (torch keeps {limit} variants, then runs eagerly): "
-        + ", ".join(group.label for group in grouped((s for s in sites if s.variant == number), lambda _: None))
-        for number in numbers
-    ]
+    calls = _few(grouped(again, lambda _: None))
+    return [f"compiled in up to {most} variants (torch keeps {limit} of a piece of code, then runs eagerly): {calls}"]
+
+
+def _few(groups: Sequence[Group]) -> str:
+    """Their labels, but no more than a few lines of them."""
+    labels = [group.label for group in groups[:_LABELS]]
+    rest = sum(len(group.sites) for group in groups[_LABELS:])
+    return ", ".join(labels) + (f", and {rest} more" if rest else "")
 
 
 def _shown(value: Any) -> str:

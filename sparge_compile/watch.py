@@ -22,7 +22,11 @@ from torch import fx, nn
 from sparge_compile import context, dynamo
 from sparge_compile.policy import Policy
 
-OUTSIDE = "the call ran outside every compiled graph, after a graph break; TORCH_LOGS=graph_breaks shows where"
+_OUTSIDE = "the call ran outside every compiled graph, after a graph break; TORCH_LOGS=graph_breaks shows where"
+_PAST_THE_LIMIT = (
+    "the call ran eagerly: torch had compiled as many variants of {} as torch.compiler.config.recompile_limit allows; "
+    "TORCH_LOGS=recompiles says why there were so many"
+)
 _SOFTMAX_OUTSIDE = (
     "A softmax ran outside every compiled graph at {}; if that is attention written out by hand, it stays as it is."
 )
@@ -41,6 +45,7 @@ _PATTERNS = {
 _MULTI_HEAD_ATTENTION = F.multi_head_attention_forward.__code__
 _OPERATOR_CALLS = (dynamo.OperatorPacket.__call__.__code__, dynamo.Operator.__call__.__code__)
 _FUSED_LAYERS = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
+_RUNNERS = tuple(str(Path(__file__).with_name(name)) for name in ("explaining.py", "calibrating.py"))
 _NOT_USER_CODE = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
@@ -86,8 +91,11 @@ class Watcher:
         softmaxes = tuple(_SOFTMAX_OUTSIDE.format(source) for source in self._softmaxes)
         return softmaxes if self._watching else (*softmaxes, _NOT_WATCHED)
 
-    def ran_outside(self, name: str, source: str, pattern: str) -> None:
-        """An attention call ran outside every graph, in the module or function `name`; source is `file:line`."""
+    def ran_outside(self, name: str, source: str, pattern: str, reason: str) -> None:
+        """An attention call ran outside every graph, in the module or function `name`; source is `file:line`.
+
+        reason: why it was in none.
+        """
 
     @contextlib.contextmanager
     def inside_graph(self) -> Iterator[None]:
@@ -163,7 +171,15 @@ class Watcher:
     def _call_outside(self, frame: FrameType, pattern: str) -> None:
         owner = module_running(frame)
         name = frame.f_code.co_name if owner is None else self._names.get(owner) or type(owner).__name__
-        self.ran_outside(name, _source(frame), pattern)
+        self.ran_outside(name, _source(frame), pattern, _why_outside(frame))
+
+
+def _why_outside(frame: FrameType) -> str:
+    """A graph break, or code on the stack that torch compiles no more."""
+    for caller in _frames_of_the_model(frame):
+        if dynamo.variants_compiled(caller.f_code) >= dynamo.recompile_limit():
+            return _PAST_THE_LIMIT.format(caller.f_code.co_name)
+    return _OUTSIDE
 
 
 def _pattern_of_operator(operator: Any) -> str | None:
@@ -200,10 +216,20 @@ def weakly(module: nn.Module | None) -> Callable[[], nn.Module | None]:
 
 
 def module_running(frame: FrameType | None) -> nn.Module | None:
-    """The innermost module whose method is on the stack."""
-    while frame is not None:
-        owner = frame.f_locals.get("self")
+    """The innermost module whose method is on the stack, of those that `run_aside` runs."""
+    for caller in _frames_of_the_model(frame):
+        owner = caller.f_locals.get("self")
         if isinstance(owner, nn.Module) and not isinstance(owner, fx.GraphModule):
             return owner
-        frame = frame.f_back
     return None
+
+
+def _frames_of_the_model(frame: FrameType | None) -> Iterator[FrameType]:
+    """From `frame` outwards, up to what runs the model.
+
+    Whoever called that is not looked at: it is no part of the model, and to read the locals of a frame keeps them alive
+    until it returns.
+    """
+    while frame is not None and frame.f_code.co_filename not in _RUNNERS:
+        yield frame
+        frame = frame.f_back

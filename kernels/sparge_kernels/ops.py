@@ -180,7 +180,8 @@ def _run(*args: Any, with_statistics: bool = True, **kwargs: Any) -> tuple[Tenso
     recorder = recording()
     done = _compute(*args, **kwargs, with_statistics=with_statistics or recorder is not None, recorder=recorder)
     if recorder is not None and done.statistics is not None:
-        recorder.add(StatsRecord(kwargs.get("site", ""), *done.statistics, done.ran, done.tiles), args, kwargs)
+        lengths = (args[0].shape[2], args[1].shape[2])
+        recorder.add(StatsRecord(kwargs.get("site", ""), lengths, *done.statistics, done.ran, done.tiles), args, kwargs)
     return done.output, *(done.statistics or (None, None))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparge_compile import dynamo
 from sparge_compile.bench.problem import Problem
 from sparge_compile.bench.rows import Row
 from sparge_compile.bench.timing import Stopwatch
@@ -77,7 +78,7 @@ def measure(
     half = operations / seconds(lambda: a @ b)
     a8, b8 = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device) for _ in range(2))
     try:
-        int8 = operations / seconds(lambda: torch._int_mm(a8, b8.T))  # columns of b contiguous: what the units take
+        int8 = operations / seconds(lambda: dynamo.int8_matmul(a8, b8.T))  # columns of b contiguous: what the units take
     except RuntimeError:
         int8 = None
     return Ceilings(copy, half, int8)

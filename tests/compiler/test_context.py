@@ -12,7 +12,7 @@ from light import EXACT_FIELDS, LightBackend
 import sparge_compile as sparge
 from sparge_compile import Policy, context
 from sparge_compile.policy import split_options
-from sparge_compile.rules import BREAK_EVEN, rule_for
+from sparge_compile.rules import break_even, rule_for
 
 FULL = rule_for("auto", is_causal=False).thresholds
 X = torch.randn(1, 2, 6, 8)
@@ -93,7 +93,7 @@ def test_contexts_nest_fields_change_and_policies_replace(compiled):
 def test_a_policy_without_min_tokens_brings_the_break_even_back(compiled):
     with sparge.rewriting(Policy()):
         compiled(X)
-    assert f"min_tokens is {BREAK_EVEN['cpu']}" in compiled.backend.reason
+    assert f"min_tokens is {break_even(X.device, 'auto')}" in compiled.backend.reason
 
 
 @pytest.mark.never_wrong(16, "compiled")
@@ -235,12 +235,37 @@ class Entered:
         return out
 
 
-@pytest.mark.parametrize("how", ["constructed", "by_hand"])
-def test_entering_inside_compiled_code_is_an_error_that_names_rewriting(how):
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["breaks-allowed", "fullgraph"])
+@pytest.mark.parametrize(
+    ("how", "said"), [("constructed", "enter it around the compiled model"), ("by_hand", "rewriting")]
+)
+def test_entering_inside_compiled_code_is_an_error_that_says_what_to_do(how, said, fullgraph):
     inside = getattr(Entered, how)
-    with torch.no_grad(), pytest.raises(Exception, match="rewriting"):
-        torch.compile(lambda x: inside(x + 1), backend=LightBackend())(X)
+    with torch.no_grad(), pytest.raises(Exception, match=said):
+        torch.compile(lambda x: inside(x + 1), backend=LightBackend(), fullgraph=fullgraph)(X)
     assert context.in_force(Policy()) == Policy()
+
+
+def test_dense_steps_inside_compiled_code_is_the_same_error():
+    def steps(x):
+        with sparge.dense_steps(1):
+            return attention(x)
+
+    with torch.no_grad(), pytest.raises(Exception, match="enter it around the compiled model"):
+        torch.compile(steps, backend=LightBackend())(X)
+
+
+def test_code_that_torch_skips_inside_a_compiled_call_may_enter_it():
+    @torch.compiler.disable(recursive=False)
+    def skipped(x):
+        with sparge.rewriting(topk=0.3):
+            return inner(x)
+
+    backend = LightBackend()
+    inner = torch.compile(attention, backend=backend)
+    with torch.no_grad():
+        torch.compile(lambda x: skipped(x + 1), backend=LightBackend())(X)
+    assert [node.kwargs["thresholds"][0] for node in backend.operators()] == [0.3]
 
 
 @pytest.mark.parametrize("how", ["built_before", "decorated"])

@@ -393,6 +393,11 @@ def test_the_fused_layers_activation_is_a_product_and_a_gelu():
     torch.testing.assert_close(dynamo.addmm_activation(bias, x, weight, use_gelu=True), expected)
 
 
+def test_products_of_int8_are_exact():
+    a, b = (torch.randint(-127, 128, (32, 32), dtype=torch.int8) for _ in range(2))
+    assert torch.equal(dynamo.int8_matmul(a, b.T), a.int() @ b.int().T), "torch._int_mm changed"
+
+
 @pytest.mark.parametrize("chosen", [True, False], ids=["chosen", "default"])
 def test_the_cache_folder_is_inductors(monkeypatch, tmp_path, chosen):
     from torch._inductor.runtime.cache_dir_utils import cache_dir

@@ -15,7 +15,7 @@ from torch import nn
 
 import sparge_compile as sparge
 from sparge_compile import Policy, StrictPolicyError, dynamo
-from sparge_compile.rules import BREAK_EVEN
+from sparge_compile.rules import break_even
 
 X = torch.randn(1, 6, 16)
 
@@ -150,7 +150,7 @@ def test_the_table_says_which_mask_a_call_has():
 
 def test_short_calls_say_why():
     report = sparge.explain(Attention().eval(), X)
-    assert f"6 queries and 6 keys, min_tokens is {BREAK_EVEN['cpu']}" in report.dense[0].reason
+    assert f"6 queries and 6 keys, min_tokens is {break_even(X.device, 'auto')}" in report.dense[0].reason
 
 
 def break_inside(x):

@@ -1,8 +1,10 @@
 """`explain` on models with graph breaks: attention that ran outside every compiled graph is listed, of every kind."""
 
 import functools
+import gc
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -77,7 +79,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS.keys())
 def test_torchs_own_layers_outside_graphs_are_listed_once(build):
-    report = sparge.explain(build().eval(), X, policy=EXACT)
+    report = sparge.explain(build().eval().requires_grad_(False), X, policy=EXACT)
     assert sorted((site.name, site.rewritten) for site in report.sites) == [("attention", True), ("layer", False)]
     (outside,) = report.dense
     assert OUTSIDE in outside.reason and outside.pattern == "mha" and report.notes == ()
@@ -120,7 +122,52 @@ def test_softmaxes_in_graphs_and_those_of_class_probabilities_are_not_noted():
 
 
 def test_a_watched_model_has_no_note_about_profilers():
-    assert sparge.explain(Attention().eval(), X, policy=EXACT).notes == ()
+    assert sparge.explain(Attention().eval().requires_grad_(False), X, policy=EXACT).notes == ()
+
+
+class Numbered(nn.Module):
+    """Layers whose code is one and whose graphs are many: each bakes its number in."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+        self.attention = Attention()
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.attention(x) + self.number
+
+
+def test_past_the_recompile_limit_a_call_says_so_and_not_that_its_graph_broke():
+    model = nn.Sequential(*(Numbered(number) for number in range(5))).eval()
+    with torch._dynamo.config.patch(recompile_limit=3):
+        report = sparge.explain(model, X, policy=EXACT)
+    late = report.dense
+    assert late and all("recompile_limit allows" in site.reason for site in late)
+    assert str(report).count("compiled in up to") == 1
+
+
+def test_who_calls_explain_is_no_part_of_the_model():
+    class Trainer(nn.Module):
+        def explain(self, x):
+            return sparge.explain(
+                torch._dynamo.disable(lambda q: nn.functional.scaled_dot_product_attention(q, q, q)), x
+            )
+
+    (site,) = Trainer().explain(X).sites
+    assert site.name == "<lambda>"
+
+
+def test_explain_keeps_no_tensor_of_its_caller_alive():
+    def caller():
+        x = torch.randn(1, 2, 6, 8)
+        alive = weakref.ref(x)
+        sparge.explain(lambda q: nn.functional.scaled_dot_product_attention(q, q, q), x, policy=EXACT)
+        del x
+        gc.collect()
+        return alive()
+
+    assert caller() is None
 
 
 SDPA = nn.functional.scaled_dot_product_attention
