@@ -44,7 +44,7 @@ _PATTERNS = {
 }
 _MULTI_HEAD_ATTENTION = F.multi_head_attention_forward.__code__
 _OPERATOR_CALLS = (dynamo.OperatorPacket.__call__.__code__, dynamo.Operator.__call__.__code__)
-_FUSED_LAYERS = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
+_FUSED_LAYERS = tuple(layer.__name__ for layer in (dynamo.FUSED_ENCODER_LAYER, dynamo.FUSED_MULTI_HEAD_ATTENTION))
 _RUNNERS = tuple(str(Path(__file__).with_name(name)) for name in ("explaining.py", "calibrating.py"))
 _NOT_USER_CODE = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 

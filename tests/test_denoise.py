@@ -125,15 +125,36 @@ def test_run_prints_its_table_and_saves_a_picture(denoise, tmp_path, monkeypatch
     """On the rewritten graphs, but without Inductor: its C++ takes longer than a test may."""
     monkeypatch.setattr(dynamo, "compile_with_inductor", lambda gm, *_: gm.forward)
     picture = tmp_path / "picture.png"
-    command = ["run.py", "--size", "96", "--min-tokens", "128", "--out", str(picture), "--baselines"]
+    profile = tmp_path / "new" / "profile.json"
+    command = ["run.py", "--size", "96", "--min-tokens", "128", "--out", str(picture), "--profile", str(profile)]
+    command += ["--bf16", "--baselines"]
     monkeypatch.setattr(sys, "argv", command)
     denoise.run.main()
     printed = capsys.readouterr().out
-    assert printed.count("4 of 4 attention calls rewritten") == 2
-    measured = dict(re.findall(r"^(dense|default policy|topk=0.3|non-local means) +([\d.]+) ", printed, re.MULTILINE))
-    assert len(measured) == 4
+    assert printed.count("4 of 4 attention calls rewritten") == 3 and profile.exists()
+    names = "dense|dense, bfloat16|default policy|topk=0.3|calibrated|non-local means"
+    measured = dict(re.findall(rf"^({names}) +([\d.]+) ", printed, re.MULTILINE))
+    assert len(measured) == 6
+    against_dense = dict(re.findall(rf"^({names}) +(?:[\d.]+ +){{4}}([\d.]+) +[\d.]+$", printed, re.MULTILINE))
+    assert len(against_dense) == 4, "not another image than the dense one"
     assert abs(float(measured["default policy"]) - float(measured["dense"])) < 0.3
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 1e6
+
+
+def test_quality_is_psnr_and_ssim_of_what_is_shown(denoise):
+    clean = torch.full((3, 32, 32), 0.5)
+    off = clean + 0.1
+    psnr, ssim = denoise.picture.quality(off, clean)
+    # Of flat images the mean alone counts: (2 a b + c) / (a^2 + b^2 + c), c = .01^2.
+    assert psnr == pytest.approx(20, abs=1e-3) and ssim == pytest.approx((0.6 + 1e-4) / (0.61 + 1e-4), abs=1e-3)
+    assert denoise.picture.quality(clean + 9, torch.ones_like(clean))[0] == float("inf")  # clipped to 1
+
+
+def test_an_impossible_policy_is_refused_at_once(denoise, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--topk", "2"])
+    with pytest.raises(SystemExit):
+        denoise.run.main()
+    assert "topk" in capsys.readouterr().err
 
 
 def test_training_learns_goes_on_from_its_checkpoint_and_saves_weights(denoise, tmp_path, monkeypatch, capsys):
@@ -147,10 +168,16 @@ def test_training_learns_goes_on_from_its_checkpoint_and_saves_weights(denoise, 
     scenes = denoise.train.Scenes(0, size=2)
     started = denoise.model.Denoiser()
     optimizers = denoise.train.Optimizers(started, 2e-3)
-    denoise.train.save_checkpoint(arguments.checkpoint, started, optimizers, 1, scenes.next_seed, denoise.train.Clock())
+    denoise.train.save_checkpoint(arguments, started, optimizers, 1, scenes.next_seed, denoise.train.Clock())
+    arguments.steps = 1  # nothing is left to do, so what was saved comes back
+    assert all(map(torch.equal, denoise.train.train(arguments).state_dict().values(), started.state_dict().values()))
+    arguments.steps = 3
     before = {name: tensor.clone() for name, tensor in started.state_dict().items()}
     trained = denoise.train.train(arguments)
     assert "goes on from step 1" in capsys.readouterr().out
+    arguments.learning_rate = 1e-3
+    with pytest.raises(SystemExit, match="of another training"):
+        denoise.train.train(arguments)
     changed = [not torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items()]
     assert all(changed), "a parameter was not trained"
     denoise.model.save_weights(trained, tmp_path / "weights.safetensors")

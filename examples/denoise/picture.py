@@ -14,7 +14,7 @@ import sparge_compile as sparge
 
 MAPS_SHOWN = 3
 ZOOM = (0.62, 0.22, 0.22)  # top, left and side of the enlarged part, of the image's side
-COLOURS = ("#8a97a5", "#7db3d9", "#1b6ca8")  # of dense and the two sparse variants
+COLOURS = ("#8a97a5", "#7db3d9", "#1b6ca8", "#e08e45")  # of dense and the sparse variants
 SKIPPED = "#e8edf2"  # tiles
 
 
@@ -26,6 +26,12 @@ class Variant:
     image: Tensor
     seconds: float
     report: sparge.Report | None
+
+    @property
+    def densities(self) -> list[float]:
+        """Share of tiles computed, by layer; a layer that stayed dense is at 1."""
+        assert self.report is not None
+        return [1.0 if site.density is None else site.density for site in self.report.sites]
 
 
 def quality(image: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -40,35 +46,37 @@ def quality(image: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def draw(clean: Tensor, noisy: Tensor, variants: Sequence[Variant], path: Path, where: str) -> None:
-    """Writes the figure as a PNG of 256 colours; `variants` is dense, the default policy, and a sparser one."""
+    """Writes the figure as a PNG of 256 colours: the first of `variants`, which is dense, and the sparse ones."""
     from matplotlib.figure import Figure
 
-    dense, _, sparsest = variants
-    figure = Figure(figsize=(15, 12.8), layout="constrained", facecolor="white")
+    dense, *sparse = (variants[0], *(variant for variant in variants if variant.report is not None))
+    sparsest = min(sparse, key=lambda variant: sum(variant.densities))
+    figure = Figure(figsize=(15, 13.1), layout="constrained", facecolor="white")
     tokens = clean.shape[1] * clean.shape[2] // 16
     figure.suptitle(
         f'A learned denoiser with {tokens} tokens under torch.compile(model, backend="sparge")',
         fontsize=20,
         weight="bold",
     )
-    upper, middle, lower = figure.subfigures(3, 1, height_ratios=(5.5, 3.4, 3.2), hspace=0.02)
+    upper, middle, lower = figure.subfigures(3, 1, height_ratios=(5.8, 3.4, 3.2), hspace=0.02)
     whole = upper.subplots(1, 3)
-    show(whole[0], noisy, f"noisy input: {decibels(noisy, clean)}", size=18)
-    show(whole[1], dense.image, f"dense: {decibels(dense.image, clean)}, {dense.seconds:.1f} s", size=18)
     ratio = dense.seconds / sparsest.seconds
-    label = f"{sparsest.name}: {decibels(sparsest.image, clean)}, {sparsest.seconds:.1f} s ({ratio:.1f}x)"
+    show(whole[0], noisy, f"noisy input\n{in_words(noisy, clean)}", size=18)
+    show(whole[1], dense.image, f"dense, {dense.seconds:.1f} s\n{in_words(dense.image, clean)}", size=18)
+    label = f"{sparsest.name}, {sparsest.seconds:.1f} s ({ratio:.1f}x)\n{in_words(sparsest.image, clean)}"
     show(whole[2], sparsest.image, label, size=18)
-    draw_zooms(clean, noisy, variants, middle.subplots(1, 5))
+    draw_zooms(clean, noisy, (dense, *sparse), middle.subplots(1, 3 + len(sparse)))
     axes = lower.subplots(1, MAPS_SHOWN + 3, width_ratios=(1.3, *[1] * MAPS_SHOWN, 1.1, 1.2))
     draw_difference(dense, sparsest, axes[0])
     draw_tile_maps(sparsest, axes[1 : 1 + MAPS_SHOWN])
-    draw_densities(variants[1:], axes[-2])
-    draw_times(variants, axes[-1], where)
+    draw_densities(sparse, axes[-2])
+    draw_times((dense, *sparse), axes[-1], where)
     save(figure, path)
 
 
-def decibels(image: Tensor, clean: Tensor) -> str:
-    return f"{quality(image, clean)[0]:.2f} dB"
+def in_words(image: Tensor, clean: Tensor) -> str:
+    psnr, ssim = quality(image, clean)
+    return f"PSNR {psnr:.2f} dB, SSIM {ssim:.3f}"
 
 
 def show(axes: Any, image: Tensor, label: str, size: float = 13.5) -> None:
@@ -106,7 +114,7 @@ def draw_tile_maps(variant: Variant, axes: Any) -> None:
     for axis, place in zip(axes, places, strict=True):
         density, name, head = heads[place]
         tiles = variant.report.tile_map(name, head).numpy()
-        colours = ListedColormap([SKIPPED, COLOURS[-1]])
+        colours = ListedColormap([SKIPPED, COLOURS[2]])
         axis.imshow(tiles, cmap=colours, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
         axis.set_title(f"{short(name)} head {head}: {density:.2f}", fontsize=13.5)
         axis.set_xticks([])
@@ -116,15 +124,15 @@ def draw_tile_maps(variant: Variant, axes: Any) -> None:
 
 
 def draw_densities(variants: Sequence[Variant], axes: Any) -> None:
-    """Share of tiles computed, bars for each layer; a layer that stayed dense is at 1."""
-    for place, (variant, colour) in enumerate(zip(variants, COLOURS[1:], strict=True)):
-        assert variant.report is not None
-        sites = variant.report.sites
-        densities = [1.0 if site.density is None else site.density for site in sites]
-        rows = [row + 0.4 * place for row in range(len(sites))]
-        bars = axes.barh(rows, densities, height=0.38, color=colour)
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=13)
-    axes.set_yticks([row + 0.2 for row in range(len(sites))], [short(site.name) for site in sites], fontsize=13)
+    """Share of tiles computed, bars for each layer."""
+    assert variants[0].report is not None
+    sites, height = variants[0].report.sites, 0.8 / len(variants)
+    for place, (variant, colour) in enumerate(zip(variants, COLOURS[1:], strict=False)):
+        rows = [row + height * place for row in range(len(sites))]
+        bars = axes.barh(rows, variant.densities, height=0.95 * height, color=colour)
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=13 if len(variants) < 3 else 11)
+    middle = height * (len(variants) - 1) / 2
+    axes.set_yticks([row + middle for row in range(len(sites))], [short(site.name) for site in sites], fontsize=13)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3)
     axes.set_xticks([])
@@ -136,7 +144,9 @@ def draw_times(variants: Sequence[Variant], axes: Any, where: str) -> None:
     """Seconds of the whole model."""
     seconds = [variant.seconds for variant in variants]
     bars = axes.bar(
-        [variant.name.replace(" ", "\n").replace("=", "\n= ") for variant in variants], seconds, color=COLOURS
+        [variant.name.replace(" ", "\n").replace("=", "\n= ") for variant in variants],
+        seconds,
+        color=COLOURS[: len(variants)],
     )
     axes.bar_label(bars, [f"{taken:.1f} s" for taken in seconds], padding=3, fontsize=14)
     axes.set_ylim(0, max(seconds) * 1.18)

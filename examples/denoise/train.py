@@ -143,6 +143,10 @@ def train(arguments: argparse.Namespace) -> Denoiser:
     optimizers = Optimizers(model, arguments.learning_rate)
     if arguments.checkpoint.exists():
         saved = torch.load(arguments.checkpoint, weights_only=True)
+        if saved["options"] != options_of(arguments):
+            raise SystemExit(
+                f"{arguments.checkpoint} is of another training ({saved['options']}): move it or go on with it"
+            )
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers.all, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -170,17 +174,23 @@ def train(arguments: argparse.Namespace) -> Denoiser:
             print(f"step {step:5d}  PSNR {mean:.2f} dB  {wall:.0f} s, {cpu:.0f} s of CPU", flush=True)
             recent.clear()
         if step % 200 == 0:
-            save_checkpoint(arguments.checkpoint, model, optimizers, step, scenes.next_seed, clock)
+            save_checkpoint(arguments, model, optimizers, step, scenes.next_seed, clock)
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, object]:
+    """What two halves of one training must have in common."""
+    return {name: getattr(arguments, name) for name in ("seed", "tokens_per_step", "learning_rate", "bf16")}
 
 
 def save_checkpoint(
-    path: Path, model: Denoiser, optimizers: Optimizers, step: int, next_seed: int, clock: Clock
+    arguments: argparse.Namespace, model: Denoiser, optimizers: Optimizers, step: int, next_seed: int, clock: Clock
 ) -> None:
     """All that an interrupted training needs; written aside first, so that it is never half a file."""
     states = [optimizer.state_dict() for optimizer in optimizers.all]
     state = {"model": model.state_dict(), "optimizers": states, "step": step, "next_seed": next_seed}
-    torch.save({**state, "clock": clock.read()}, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
+    aside = arguments.checkpoint.with_suffix(".new")
+    torch.save({**state, "clock": clock.read(), "options": options_of(arguments)}, aside)
+    aside.replace(arguments.checkpoint)
 
 
 @torch.no_grad()
@@ -213,11 +223,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", type=Path, default=WEIGHTS_PATH)
-    parser.add_argument("--checkpoint", type=Path, default=WEIGHTS_PATH.with_name("checkpoint.pt"))
+    parser.add_argument("--checkpoint", type=Path, help="default: beside the weights, named after them")
     parser.add_argument("--evaluate-only", action="store_true")
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 512], help="pixels a side in the evaluation")
     parser.add_argument("--pictures", type=int, default=4, help="test pictures a side")
     arguments = parser.parse_args()
+    arguments.checkpoint = arguments.checkpoint or arguments.weights.with_suffix(".checkpoint.pt")
     torch.set_num_threads(arguments.threads)
     if not arguments.evaluate_only:
         save_weights(train(arguments), arguments.weights)
