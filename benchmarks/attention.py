@@ -35,6 +35,7 @@ from sparge_compile.bench.rows import Row, Shape, in_words
 from sparge_compile.bench.table import table_head, table_line
 from sparge_compile.bench.target import Target
 from sparge_compile.bench.targets import Targets
+from sparge_kernels.records import is_out_of_memory
 
 
 def cpu() -> Target:
@@ -71,13 +72,13 @@ def measure(args: argparse.Namespace, target: Target, size: Size, deadline: floa
         for block in [choices] if target.one_block else [[one] for one in (*choices, ONE_TILE)]:
             yield shape.measure(block)
     except Exception as error:  # whatever a device may raise; the other sizes are measured all the same
-        skipped = isinstance(error, (TimeoutError, torch.OutOfMemoryError))
+        skipped = isinstance(error, TimeoutError) or is_out_of_memory(error)
         if not skipped:
             traceback.print_exc()
-        row = Row(size.tokens, size.head_dim, size.is_causal, args.densities[0], f"{OURS} {args.precision}")
-        yield [
-            replace(row, choice=f"{args.densities[0]:g}", note=f"not measured ({in_words(error)})", failed=not skipped)
-        ]
+        first = share(args.densities[0])
+        row = Row(size.tokens, size.head_dim, size.is_causal, first.density, f"{OURS} {args.precision}", first.name)
+        row.trouble, row.note = "not measured" if skipped else "failed", in_words(error)
+        yield [row]
 
 
 def make_shape(args: argparse.Namespace, target: Target, size: Size, deadline: float) -> Shape:

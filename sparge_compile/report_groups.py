@@ -1,4 +1,4 @@
-"""Repeated layers as one row: `blocks.{0-27}.attn1` for sites that a table shows alike but for a number of their name."""
+"""Repeated layers as one row: `blocks.{0-27}.attn1` for sites that a table shows alike but for a number in a name."""
 
 from __future__ import annotations
 

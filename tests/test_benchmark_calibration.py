@@ -11,12 +11,14 @@ import torch
 
 import sparge_compile as sparge
 from sparge_compile.backend import transform
+from sparge_compile.rules import BREAK_EVEN
 from sparge_kernels.cpu import KERNEL_VARIABLE
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.setenv(KERNEL_VARIABLE, "blocked")
+    monkeypatch.setitem(BREAK_EVEN, "cpu in fp32", BREAK_EVEN["cpu"])  # short inputs on every CPU
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     torch._dynamo.reset()

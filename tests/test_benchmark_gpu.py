@@ -74,7 +74,7 @@ def test_the_whole_path_in_the_interpreter(interpreter, monkeypatch, capsys, tmp
     assert list(rows)[4:] == [("sparge int8", 1), ("sparge int8", 0.5)]
     for refused in ("dense cudnn", "dense sage"):
         row = rows[refused, 1]
-        assert row["note"].startswith("not measured (") and row["milliseconds"] is None and not row["failed"]
+        assert row["trouble"] == "not measured" and row["note"] and row["milliseconds"] is None
     for density in (1, 0.5):
         row = rows["sparge int8", density]
         assert list(row["stages"]) == ["prepare", "loop", "keys", "queries", "select"]
@@ -137,13 +137,15 @@ def test_what_cannot_be_served_is_refused_before_anything_is_measured(monkeypatc
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("problem", ["memory", "time", "bug"])
+@pytest.mark.parametrize("problem", ["memory", "memory of a CPU", "time", "bug"])
 def test_a_shape_that_cannot_be_measured_says_why(monkeypatch, problem):
     import attention
 
     from sparge_compile.bench import cpu_target
 
     def fails(*_, **__):
+        if problem == "memory of a CPU":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         raise torch.OutOfMemoryError("out of memory") if problem == "memory" else ValueError("no such thing")
 
     monkeypatch.setattr(attention, "smooth_problem", fails)
@@ -153,8 +155,9 @@ def test_a_shape_that_cannot_be_measured_says_why(monkeypatch, problem):
     size = attention.Size(32, False, 256)
     deadline = None if problem == "time" else float("inf")
     [[row]] = attention.measure(args, cpu_target.target(), size, deadline)
-    assert row.note.startswith("not measured (") and row.failed == (problem == "bug")
-    assert {"memory": "out of memory", "time": "--budget-seconds", "bug": "no such thing"}[problem] in row.note
+    assert row.trouble == ("failed" if problem == "bug" else "not measured")
+    words = {"memory": "out of memory", "time": "--budget-seconds", "bug": "no such thing"}
+    assert words.get(problem, "can't allocate memory") in row.note
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -216,6 +219,22 @@ def test_the_gate_knows_a_wrong_choice_of_tiles():
     off = replace(check, problem=by_mass, kept=None)
     assert "allowed is 0.05" in failure(peer, expected.dense * 1.1, off)
     assert "over the same tiles" in failure(peer, expected.dense, replace(check, kept=expected.dense * 1.1))
+
+
+def test_the_gate_sees_one_wrong_row_among_many_and_equal_rows_of_zeros():
+    from sparge_compile.bench.accuracy import Check, failure
+    from sparge_compile.bench.exact import every_row
+    from sparge_compile.bench.peers import CPU_PEERS
+
+    problem = small(tokens=512)
+    problem.v[:, 0] = 0  # a head whose output is zero: as like as can be
+    check = Check(problem, problem, every_row(problem))
+    wrong = check.expected.dense.clone()
+    wrong[0, 1, 7] = 0
+    for name in ("sparge", "dense fp32", "dense bf16"):
+        peer = replace(CPU_PEERS[name], reference_limit=None, exact_limit=1e-2)
+        assert failure(peer, check.expected.dense, check) is None
+        assert failure(peer, wrong, check) == "the worst row's cosine to dense fp32 is 0, allowed is 0.99 or more"
 
 
 def test_the_roofline_is_the_slower_of_products_and_memory():

@@ -61,9 +61,29 @@ def test_the_budget_gives_what_is_left_by_work():
     now[0] = 101  # the first one was quick
     assert budget.deadline(1) == pytest.approx(101 + 59 * 2 / 6)
     now[0] = 150
-    assert budget.deadline(2) == pytest.approx(160)
+    assert budget.deadline(2) == pytest.approx(160) and budget.left() == pytest.approx(10)
     now[0] = 160
     assert budget.deadline(2) is None
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_what_a_size_needs_is_known_from_its_first_queries(is_causal):
+    from sparge_compile.bench.budget import seconds_needed
+    from sparge_compile.bench.problem import smooth_problem
+    from sparge_compile.bench.timing import Timing
+
+    shapes = []
+
+    def stopwatch(call):
+        shapes.append(list(call().shape))
+        return lambda: Timing(0.5)
+
+    problem = smooth_problem(1024, 2, 8, is_causal=is_causal, precision="int8", dtype=torch.float32)
+    one = 1.0 if is_causal else 2.0
+    checks, variants = 1 + 2 + 2 * 2, 4
+    assert seconds_needed(problem, stopwatch, 2, 2, repeats=15) == pytest.approx((checks + 3 * variants) * one)
+    assert seconds_needed(problem, stopwatch, 2, 2, repeats=1) == pytest.approx((checks + variants) * one)
+    assert shapes == [[1, 2, 256, 8]] * 2
 
 
 def test_the_quartiles_are_those_of_the_rounds():

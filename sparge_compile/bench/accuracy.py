@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sparge_compile import search
 from sparge_compile.bench.exact import Expected
 from sparge_compile.bench.peers import Peer
-from sparge_compile.bench.problem import ALL_TILES, Problem
+from sparge_compile.bench.problem import ALL_TILES, Choice, Problem
 from sparge_kernels import reference
 
 SAME_TILES_LIMIT = 2e-2  # relative L1 between two peers that compute the same tiles
+LEAST_COSINE = 0.99  # of a row where every tile is computed: a mean error hides a tile of queries that is all wrong
 SELECTION_LIMIT = 2e-3  # share of the tiles that two ways to choose them may differ in: rounding decides equal scores
 
 
@@ -44,8 +45,8 @@ class Check:
 
 def compare(output: Tensor, expected: Expected) -> Accuracy:
     rows, dense = expected.of(output), expected.dense
-    cosines = F.cosine_similarity(rows.to(dense.dtype), dense, dim=-1)
-    return Accuracy(relative_l1(rows, dense), float(cosines.min()))
+    _, _, worst = search.compare(rows, dense)  # as `calibrate` has it
+    return Accuracy(relative_l1(rows, dense), float(worst.min()))
 
 
 def relative_l1(output: Tensor, expected: Tensor) -> float:
@@ -61,17 +62,21 @@ def exact_limit(peer: Peer, problem: Problem) -> float:
     return 1e-4 if problem.dtype == torch.float32 else 5e-3
 
 
+def least_cosine(peer: Peer, choice: Choice) -> float | None:
+    """Of a row to dense attention; None: any will do, and is shown."""
+    return LEAST_COSINE if choice.keeps_all or not peer.sparse else choice.min_row_cosine
+
+
 def failure(peer: Peer, output: Tensor, check: Check) -> str | None:
     """None if `output` may be believed, else the reason in words."""
     if not output.isfinite().all():
-        return "failed: the output is not finite"
+        return "the output is not finite"
+    choice, found = check.problem.choice, compare(output, check.expected)
     errors = []
     rows, limit = check.expected.of(output), exact_limit(peer, check.problem)
-    if check.problem.choice.keeps_all or not peer.sparse:
-        errors.append((f"relative L1 to {check.expected.words}", relative_l1(rows, check.expected.dense), limit))
-    elif check.problem.choice.max_error is not None:
-        error, allowed = relative_l1(rows, check.expected.dense), check.problem.choice.max_error
-        errors.append((f"relative L1 to {check.expected.words}", error, allowed))
+    allowed = limit if choice.keeps_all or not peer.sparse else choice.max_error
+    if allowed is not None:
+        errors.append((f"relative L1 to {check.expected.words}", found.relative_l1, allowed))
     if check.kept is not None and peer.sparse:
         errors.append(("relative L1 to fp64 over the same tiles", relative_l1(rows, check.kept), limit))
     if check.same_tiles is not None:
@@ -81,11 +86,15 @@ def failure(peer: Peer, output: Tensor, check: Check) -> str | None:
         error = reference_error(peer, check.small)
         errors.append(("relative L1 to the reference on a small problem", error, peer.reference_limit))
     # With a limit on mass in place of a density, rounding decides more tiles; there max_error is the gate.
-    if check.selection is not None and peer.sparse and check.problem.choice.density is not None:
+    if check.selection is not None and peer.sparse and choice.density is not None:
         errors.append(("share of tiles chosen unlike the specification", check.selection, SELECTION_LIMIT))
     for what, error, most in errors:
         if not error <= most:
-            return f"failed: {what} is {error:.2g}, allowed is {most:.2g}"
+            return f"{what} is {error:.2g}, allowed is {most:.2g}"
+    least = least_cosine(peer, choice)
+    if least is not None and not found.worst_cosine >= least:
+        words = f"the worst row's cosine to {check.expected.words} is {found.worst_cosine:.3g}"
+        return f"{words}, allowed is {least:.3g} or more"
     return None
 
 

@@ -78,7 +78,8 @@ def measure(
     half = operations / seconds(lambda: a @ b)
     a8, b8 = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device) for _ in range(2))
     try:
-        int8 = operations / seconds(lambda: dynamo.int8_matmul(a8, b8.T))  # columns of b contiguous: what the units take
+        # Columns of b contiguous: what the units take.
+        int8 = operations / seconds(lambda: dynamo.int8_matmul(a8, b8.T))
     except RuntimeError:
         int8 = None
     return Ceilings(copy, half, int8)

@@ -15,6 +15,7 @@ from sparge_kernels.checks import check_static
 
 NAMES = (("q", "query"), ("k", "key"), ("v", "value"))
 HOW_TO_SAVE = 'save one call as safetensors.torch.save_file({"q": q, "k": k, "v": v}, "qkv.safetensors")'
+NOT_SERVED = "Masks, biases and scales are not measured: leave them out, and say --causal of a causal mask."
 
 
 class InputsError(ValueError):
@@ -41,9 +42,18 @@ def load_problem(
     return Problem(q, k, v, is_causal, precision)
 
 
+def layout_doubt(heads: int, tokens: int) -> str | None:
+    """What to say of more heads than tokens; None of others."""
+    if heads <= tokens:
+        return None
+    return f"{heads} heads and {tokens} tokens? The layout must be [batch, heads, tokens, head_dim]: transpose if not."
+
+
 def _tensors(path: Path) -> list[Tensor]:
     content = _read(path)
     if isinstance(content, (list, tuple)):
+        if len(content) > len(NAMES):
+            raise InputsError(f"{path} holds {len(content)} things; allowed are q, k and v. {NOT_SERVED}")
         content = dict(zip("qkv", content, strict=False))
     if not isinstance(content, Mapping):
         raise InputsError(f"{path} holds a {type(content).__name__}, not tensors by name; {HOW_TO_SAVE}.")
@@ -54,6 +64,10 @@ def _tensors(path: Path) -> list[Tensor]:
             held = ", ".join(sorted(map(str, content))[:8]) or "nothing"
             raise InputsError(f"{path} has no tensor {names[0]!r} or {names[1]!r}, it has {held}; {HOW_TO_SAVE}.")
         found.append(tensor.detach())
+    # What is left out in silence is another call than the user's.
+    if len(content) > len(NAMES):
+        held = ", ".join(sorted(map(str, content))[:8])
+        raise InputsError(f"{path} holds {held}; allowed are q, k and v, each under one name. {NOT_SERVED}")
     return found
 
 

@@ -46,6 +46,17 @@ def busy() -> str | None:
     )
 
 
+def slow_kernel() -> str | None:
+    """What to say where the environment chose a CPU kernel that is not the fast one; None where it did not."""
+    chosen = cpu.chosen_kernel()
+    if chosen == cpu.KERNELS[0]:
+        return None
+    return (
+        f"{cpu.KERNEL_VARIABLE}={chosen} chose a kernel that is right but slow, and that is what was measured: unset "
+        f"it to measure the {cpu.KERNELS[0]} one."
+    )
+
+
 def cpu_facts() -> dict[str, str]:
     """The first processor's entry in /proc/cpuinfo; empty where there is none."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ ROW = 128  # tokens in a row of the field
 class Choice:
     """Which tiles a sparse peer computes.
 
-    name: in tables. density: the share of each row of tiles that is asked for, if one is. max_error: the largest
-    relative L1 to dense attention that passes; None: any does, and is shown.
+    name: in tables. density: the share of each row of tiles that is asked for, if one is. max_error, min_row_cosine:
+    the largest relative L1 to dense attention and the least cosine of a row that pass; None: any does, and is shown.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Choice:
     predictor: str = DEFAULT_PREDICTOR
     density: float | None = None
     max_error: float | None = None
+    min_row_cosine: float | None = None
 
     @property
     def keeps_all(self) -> bool:
@@ -47,10 +49,13 @@ ONE_TILE = Choice("1 tile a row", Thresholds(topk=1e-6, cdf=1.0, similarity=-1.0
 """A topk so small that every row of tiles keeps one, and under causal its diagonal tiles."""
 
 
-def of_policy(name: str, policy: Policy, is_causal: bool, max_error: float | None) -> Choice:
+def of_policy(
+    name: str, policy: Policy, is_causal: bool, max_error: float | None, min_row_cosine: float | None = None
+) -> Choice:
     """What a compiled call would do under this policy."""
     chosen = from_policy(policy, is_causal)
-    return Choice(name, chosen.thresholds[0], chosen.predictor, max_error=max_error)
+    bounds = {"max_error": max_error, "min_row_cosine": min_row_cosine}
+    return Choice(name, chosen.thresholds[0], chosen.predictor, **bounds)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,13 @@ class Problem:
         return self.q.shape[1] // self.k.shape[1]
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What the call is, for JSON."""
+        shapes: dict[str, Any] = {name: list(x.shape) for name, x in zip("qkv", self.inputs, strict=True)}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**shapes, "dtype": dtype, "is_causal": self.is_causal, "precision": self.precision}
+
+    @property
     def dense_flops(self) -> float:
         """Operations of the two products if nothing is skipped but, under causal, the future."""
         batch, heads, q_len, head_dim = self.q.shape
@@ -101,6 +113,26 @@ class Problem:
         q = self.q[:1, : kv_heads * self.group, :tokens].contiguous()
         k, v = (x[:1, :kv_heads, :tokens].contiguous() for x in (self.k, self.v))
         return Problem(q, k, v, self.is_causal, self.precision, self.choice)
+
+
+def outline(
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    *,
+    is_causal: bool,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    kv_heads: int | None = None,
+    batch: int = 1,
+) -> Problem:
+    """A `smooth_problem` of zeros, which are there at once."""
+    q, k, v = (
+        torch.zeros(batch, of or heads, tokens, head_dim, dtype=dtype, device=device)
+        for of in (heads, kv_heads, kv_heads)
+    )
+    return Problem(q, k, v, is_causal, precision)
 
 
 def dense_flops(tokens: int, heads: int, head_dim: int, is_causal: bool) -> float:

@@ -22,12 +22,36 @@ def speed(row: Row) -> str:
     return "-" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_min:.2f} .. {row.ratio_max:.2f})"
 
 
+def note(row: Row) -> str:
+    if row.trouble is not None:
+        return f"not measured ({row.note})" if row.trouble == "not measured" else f"failed: {row.note}"
+    return "baseline" if row.is_baseline else row.note
+
+
+def which_tiles(row: Row) -> str:
+    if row.is_dense:
+        return ""
+    return "all" if row.density_asked == 1 else row.choice
+
+
+def milliseconds(row: Row) -> str:
+    """Four digits, so that the table fits a terminal."""
+    taken = row.milliseconds or 0.0
+    return number(row.milliseconds, ".2f" if taken < 99.995 else ".1f" if taken < 999.95 else ".0f")
+
+
+def speed_or_why_none(row: Row) -> str:
+    if row.trouble is not None:
+        return "see below"
+    return "the baseline" if row.is_baseline else speed(row)
+
+
 TOKENS = Column("tokens", lambda row: str(row.tokens))
 DENSITY_ASKED = Column("density asked", lambda row: row.choice)
 DENSITY = Column("density", lambda row: number(row.density, ".3f"))
 VARIANT = Column("variant", lambda row: row.variant)
 WORST_ROW = Column("cosine of the worst row", lambda row: number(row.worst_cosine, ".4f"))
-NOTE = Column("note", lambda row: row.note)
+NOTE = Column("note", note)
 
 CPU_COLUMNS = (
     TOKENS,
@@ -63,16 +87,15 @@ GPU_COLUMNS = (
 
 COMMAND_COLUMNS = (
     TOKENS,
-    Column("variant", lambda row: row.variant),
-    Column("tiles", lambda row: row.choice if row.is_ours or row.variant == "flex" else ""),
-    Column("computed", lambda row: number(row.density, ".0%")),
+    VARIANT,
+    Column("tiles", which_tiles),
+    Column("kept", lambda row: number(row.density, ".0%")),
     Column("rel. L1", lambda row: number(row.relative_l1, ".1e")),
-    Column("worst row", lambda row: number(row.worst_cosine, ".3f")),
-    Column("ms", lambda row: number(row.milliseconds, ".2f")),
-    Column("speed (min .. max)", speed),
-    NOTE,
+    Column("worst\nrow", lambda row: number(row.worst_cosine, ".3f")),
+    Column("ms", milliseconds),
+    Column("times as fast\nas the baseline\n(min .. max)", speed_or_why_none),
 )
-"""Narrow enough for a terminal."""
+"""Narrow enough for a terminal of 80 columns."""
 
 
 def table_head(columns: Sequence[Column]) -> str:

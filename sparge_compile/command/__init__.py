@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
+from sparge_compile.command.bench_options import ASK_THE_DOCTOR, add_arguments, check
+
 EXAMPLES = """examples:
-  python -m sparge_compile doctor                     is everything in order here? (about ten seconds)
+  python -m sparge_compile doctor                     is everything in order here? (about 15 seconds)
   python -m sparge_compile doctor --json              the same for scripts; exit status 0: all is well, 1: it is not
   python -m sparge_compile bench                      what the kernel gains on this machine (within a minute)
-  python -m sparge_compile bench --tokens 4096 16384 --heads 24 --head-dim 128 --causal
+  python -m sparge_compile bench --tokens 2048 4096 --heads 12 --head-dim 128 --causal
   python -m sparge_compile bench --inputs qkv.safetensors --plot speed.png
 """
 
@@ -28,13 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     bench = commands.add_parser("bench", help="this kernel beside dense attention, at your shapes")
-    bench.set_defaults(run=_bench, parser=bench)
-    given = sys.argv[1:] if argv is None else list(argv)
-    if given[:1] != ["doctor"]:  # it must do without torch, which the options of bench ask for what there is
-        from sparge_compile.command.bench_options import add_arguments
-
-        add_arguments(bench)
-    args = parser.parse_args(given)
+    bench.set_defaults(run=functools.partial(_bench, bench))
+    add_arguments(bench)
+    args = parser.parse_args(argv)
     if not hasattr(args, "run"):
         parser.print_help()
         return 0
@@ -52,9 +51,14 @@ def _doctor(args: argparse.Namespace) -> int:
         return first_aid.tell(error, args.json)
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from sparge_compile.command.bench import run
-
-    parser = args.parser
-    del args.parser
+def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    check(parser, args)
+    try:
+        from sparge_compile.command.bench import run
+    except KeyboardInterrupt:  # importing torch takes seconds
+        return 130
+    except Exception as error:  # as above
+        words = " ".join(str(error).split())
+        print(f"bench cannot start ({type(error).__name__}: {words}); {ASK_THE_DOCTOR}", file=sys.stderr)
+        return 1
     return run(parser, args)

@@ -5,54 +5,41 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparge_compile.bench import machine, verdict
-from sparge_compile.bench.budget import SETTING_UP, Budget
+from sparge_compile.bench.budget import SETTING_UP, Budget, seconds_needed
 from sparge_compile.bench.inputs import InputsError, load_problem
 from sparge_compile.bench.peers import DENSE, OURS, Peer, dense, optional_peers
-from sparge_compile.bench.problem import DTYPES, Choice, Problem, dense_flops, of_policy, share, smooth_problem
+from sparge_compile.bench.problem import (
+    DTYPES,
+    Choice,
+    Problem,
+    dense_flops,
+    of_policy,
+    outline,
+    share,
+    smooth_problem,
+)
 from sparge_compile.bench.rows import Row, Shape, in_words
 from sparge_compile.bench.target import Target
 from sparge_compile.bench.targets import TARGETS, KernelUnavailable, Targets, find
-from sparge_compile.bench.verdict import Verdict
-from sparge_compile.command.bench_options import complete
+from sparge_compile.command.bench_options import ASK_THE_DOCTOR, complete
+from sparge_compile.command.bench_result import Measured, Result
 from sparge_compile.policy import Policy
+from sparge_kernels.records import is_out_of_memory
 
-SETTING_UP_ON_CPU = 5e10  # as SETTING_UP
+# As SETTING_UP. A size runs twenty calls at least, and this stands for one of twenty parts of a second or so.
+SETTING_UP_ON_CPU = 5e9
 SMALL_TOKENS, SMALL_HEADS = 512, 2  # what the reference computes in a fraction of a second
-SMOOTH = (
-    "Measured on a synthetic smooth field. How many tiles may be skipped depends on the numbers: "
-    "--inputs FILE measures your own q, k and v."
-)
-
-
-@dataclass
-class Result:
-    """What was measured, and what it means. code: the exit status."""
-
-    facts: dict[str, str]
-    settings: dict[str, Any]
-    rows: list[Row]
-    verdicts: list[Verdict]
-    words: list[str]
-    code: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "version": 1,
-            "machine": self.facts,
-            "settings": self.settings,
-            "rows": [asdict(row) for row in self.rows],
-            "verdicts": [asdict(one) for one in self.verdicts],
-            "words": self.words,
-            "exit_code": self.code,
-        }
+# Of the kernel with every tile, whatever is allowed of the chosen thresholds: INT8 on inputs with outliers loses some.
+MAX_ERROR_OF_ALL_TILES = 0.05
 
 
 def choose_peers(
@@ -64,7 +51,7 @@ def choose_peers(
         parser.error(f"--peers {' '.join(sorted(unknown))}: no such peer; allowed: {', '.join(allowed)}.")
     wanted = {OURS, DENSE, *((allowed if target.device.type == "cuda" else ()) if asked is None else asked)}
     peers = {name: peer for name, peer in target.peers.items() if name.split()[0] in wanted}
-    return {**peers, OURS: replace(peers[OURS], exact_limit=max_error)}
+    return {**peers, OURS: replace(peers[OURS], exact_limit=min(max_error, MAX_ERROR_OF_ALL_TILES))}
 
 
 def with_dense_types(peers: dict[str, Peer], dtype: torch.dtype) -> dict[str, Peer]:
@@ -78,62 +65,80 @@ def with_dense_types(peers: dict[str, Peer], dtype: torch.dtype) -> dict[str, Pe
     return {**{name: peer for name, peer in added.items() if name not in peers}, **peers}
 
 
-Maker = Callable[[], Problem]
+@dataclass(frozen=True)
+class Size:
+    """What makes the problem, so that only one is in memory, and what makes its outline; 0 tokens: the file knows."""
+
+    tokens: int
+    make: Callable[[], Problem]
+    outline: Callable[[], Problem]
 
 
-def problems(args: argparse.Namespace, device: torch.device) -> list[tuple[int, Maker]]:
-    """(tokens, what makes the problem) for each size, so that only one is in memory; 0 tokens: the file knows."""
+def sizes_asked(args: argparse.Namespace, device: torch.device) -> list[Size]:
+    """From the shortest: what there is no time for is the longest."""
     common: dict[str, Any] = {"is_causal": args.causal, "precision": args.precision, "device": device}
     common["dtype"] = None if args.dtype is None else DTYPES[args.dtype]
     if args.inputs is not None:
-        return [(0, functools.partial(load_problem, args.inputs, **common))]
+        load = functools.partial(load_problem, args.inputs, **common)
+        return [Size(0, load, load)]
     common.update(heads=args.heads, head_dim=args.head_dim, kv_heads=args.kv_heads, batch=args.batch)
-    return [(tokens, functools.partial(smooth_problem, tokens, **common)) for tokens in args.tokens]
+    partial = functools.partial
+    return [Size(one, partial(smooth_problem, one, **common), partial(outline, one, **common)) for one in args.tokens]
 
 
 def main_choice(args: argparse.Namespace) -> Choice:
     """What the verdict is on: the default thresholds, or the user's topk."""
     policy = Policy(topk=args.topk)
-    return of_policy("default" if args.topk is None else f"topk {args.topk:g}", policy, args.causal, args.max_error)
+    name = "default" if args.topk is None else f"topk {args.topk:g}"
+    return of_policy(name, policy, args.causal, args.max_error, args.min_row_cosine)
 
 
-def measure_size(
-    args: argparse.Namespace, target: Target, size: tuple[int, Maker], deadline: float | None, only_size: bool
-) -> tuple[list[Row], Verdict]:
-    """The rows of one size and what they mean. What goes wrong is in the rows.
+def measure_size(args: argparse.Namespace, target: Target, size: Size, budget: Budget, at: int) -> Measured:
+    """What comes of the size that the budget has at this place. What goes wrong is in the rows.
 
     Raises:
         InputsError: the user's file is no problem.
     """
-    (tokens, make), choice = size, main_choice(args)
-    kept, problem = None, None
+    choice = main_choice(args)
+    choices = [choice, *(share(density) for density in args.density)]
+    problem, kept = None, None
     try:
+        deadline = budget.deadline(at)
         if deadline is None:
             raise TimeoutError("no time left, raise --budget-seconds")
-        problem = make()
+        problem = size.outline()
         kept = verdict.left_dense(problem)
-        shape = Shape(
-            replace(target, peers=with_dense_types(dict(target.peers), problem.dtype)),
-            problem,
-            problem.part(SMALL_TOKENS, SMALL_HEADS),
-            args.repeats,
-            deadline,
-            ours_or_none=True,
-        )
-        rows = shape.measure([choice, *(share(density) for density in args.density)])
+        target = replace(target, peers=with_dense_types(dict(target.peers), problem.dtype))
+        check_time(target, problem, len(choices), args.repeats, budget.left())
+        problem = size.make()
+        small = problem.part(SMALL_TOKENS, SMALL_HEADS)
+        rows = Shape(target, problem, small, args.repeats, deadline, ours_or_none=True).measure(choices)
     except InputsError:
         raise
     except Exception as error:  # whatever a device may raise
-        rows = [without_times(args, tokens, problem, error)]
-    return rows, verdict.judge(rows, choice.name, kept, only_size)
+        rows = [without_times(args, size.tokens, problem, error)]
+    only_size = args.inputs is not None or len(args.tokens) == 1
+    return Measured(rows, verdict.judge(rows, choice.name, kept, only_size), problem.facts if problem else None)
+
+
+def check_time(target: Target, problem: Problem, choices: int, repeats: int, left: float) -> None:
+    """TimeoutError where even the fewest rounds would take more seconds than are left."""
+    sparse = sum(peer.sparse for peer in target.peers.values())
+    needed = seconds_needed(problem, target.stopwatch, len(target.peers) - sparse, sparse * choices, repeats)
+    if needed > left:
+        raise TimeoutError(
+            f"it needs about {needed:.0f} s and {max(left, 0):.0f} s of the budget are left, raise --budget-seconds"
+        )
 
 
 def without_times(args: argparse.Namespace, tokens: int, problem: Problem | None, error: Exception) -> Row:
     """The row of a size at which something raised: want of memory or of time is no failure of the kernel."""
-    tokens = problem.q.shape[2] if problem else tokens
-    row = Row(tokens, args.head_dim or 0, args.causal, None, f"{OURS} {args.precision}", main_choice(args).name)
-    scarce = isinstance(error, (TimeoutError, torch.OutOfMemoryError)) or problem is None
-    return replace(row, note=str(error) if isinstance(error, TimeoutError) else in_words(error), failed=not scarce)
+    tokens, head_dim = (problem.q.shape[2:]) if problem else (tokens, args.head_dim)
+    row = Row(tokens, head_dim, args.causal, None, f"{OURS} {args.precision}", main_choice(args).name)
+    scarce = isinstance(error, TimeoutError) or is_out_of_memory(error) or problem is None
+    row.trouble = "not measured" if scarce else "failed"
+    row.note = str(error) if isinstance(error, TimeoutError) else in_words(error)
+    return row
 
 
 def measure(
@@ -157,38 +162,22 @@ def measure(
     )
     torch.set_num_threads(args.threads)
     busy = machine.busy()
-    sizes = problems(args, target.device)[::-1]  # from the longest, which says most
+    sizes = sizes_asked(args, target.device)
     work = [dense_flops(tokens, args.heads, args.head_dim, args.causal) for tokens in args.tokens or []] or [1.0]
     setting_up = SETTING_UP if target.device.type == "cuda" else SETTING_UP_ON_CPU
-    budget = Budget(args.budget_seconds, work[::-1], setting_up=setting_up)
-    result = Result(target.facts(args.threads), _settings(args), [], [], [], 0)
-    for at, size in enumerate(sizes):
-        announce(f"size {at + 1} of {len(sizes)}: checking, then timing")
-        try:
-            rows, one = measure_size(args, target, size, budget.deadline(at), len(sizes) == 1)
-        except InputsError as error:
-            parser.error(str(error))
-        result.rows[:0] = rows
-        result.verdicts.insert(0, one)
-        gc.collect()
-    result.words = conclude(args, result.verdicts, target.device, busy)
-    result.code = int(any(one.outcome == "gate failed" for one in result.verdicts))
+    budget = Budget(args.budget_seconds, work, setting_up=setting_up)
+    result = Result(target.facts(args.threads), _settings(args), target.device)
+    try:
+        for at, size in enumerate(sizes):
+            announce(f"size {at + 1} of {len(sizes)}: checking, then timing")
+            result.sizes.append(measure_size(args, target, size, budget, at))
+            gc.collect()
+    except InputsError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        result.interrupted = True
+    result.notes = [note for note in (machine.slow_kernel() if target.device.type == "cpu" else None, busy) if note]
     return result
-
-
-def conclude(
-    args: argparse.Namespace, verdicts: Sequence[Verdict], device: torch.device, busy: str | None
-) -> list[str]:
-    """The lines after the table."""
-    words = [one.words for one in verdicts]
-    if len(verdicts) > 1:
-        words.append(verdict.break_even(verdicts))
-    words.append(verdict.default_minimum(device, args.precision))
-    if args.inputs is None:
-        words.append(SMOOTH)
-    if busy is not None:
-        words.append(busy)
-    return [line for line in words if line]
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -197,21 +186,26 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace, targets: Targets = TARGETS) -> int:
-    """Measures, prints and writes; the exit status: 0, or 1 where the accuracy gate failed or there is no kernel."""
-    from sparge_compile.command import view
+    """Measures, prints and writes; the exit status, see `bench_options.STATUS`."""
+    from sparge_compile.command import bench_view, view
 
     with view.progress() as announce, torch.no_grad():
         try:
             result = measure(parser, args, targets, announce)
         except KernelUnavailable as error:
-            words = [f"Nothing was measured: {error}", "python -m sparge_compile doctor says what to do."]
-            result = Result({}, _settings(args), [], [], words, 1)
-    content = result.to_json()
+            result = Result({}, _settings(args), None)
+            result.unavailable = f"Nothing was measured: {error}\n{ASK_THE_DOCTOR}"
+        except KeyboardInterrupt:  # while the kernel was built
+            result = Result({}, _settings(args), None, interrupted=True)
     if args.json != "-":
-        view.show_bench(result)
-    view.write_json(content, args.json)
-    if args.plot and result.rows:
-        from sparge_compile.bench.plot import draw
+        bench_view.show(result)
+    try:
+        view.write_json(result.to_json(), args.json)
+        if args.plot and any(row.ratio is not None for row in result.rows):
+            from sparge_compile.bench.plot import draw
 
-        draw(content, args.plot)
+            draw(result.to_json(), args.plot)
+    except OSError as error:
+        print(f"Not written: {error}", file=sys.stderr)
+        return result.code or 1
     return result.code

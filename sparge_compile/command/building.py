@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +21,15 @@ from sparge_kernels import cpu
 from sparge_kernels.cpu import build, native
 
 LEAST_SPACE = 256 * 2**20
+SMALL_LIBRARY = """
+#include <cmath>
+extern "C" float roots(const float* x, int n) {
+    float total = 0;
+    #pragma omp parallel for reduction(+ : total)
+    for (int i = 0; i < n; i++) total += std::sqrt(x[i]);
+    return total;
+}
+"""
 
 
 def native_is_needed() -> bool:
@@ -36,25 +47,47 @@ def look() -> Iterator[Finding]:
 
 
 def compiler() -> Finding:
-    """The C++ compiler, which Inductor needs on a CPU too."""
+    """The C++ compiler, which Inductor needs on a CPU too: does it make a library with OpenMP?"""
     try:
         command = build.compiler_command()
     except build.Unavailable as error:
         return from_reason("C++ compiler", str(error))
     path = shutil.which(command[0]) or command[0]
-    try:
+    if (failure := compile_failure(command)) is not None:
+        return problem("C++ compiler", f"{path} {failure}", "set CXX to another one, or install g++")
+    with suppress(OSError, subprocess.SubprocessError):
         answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20, check=True)
+        if answer.stdout.strip():
+            return Finding("C++ compiler", f"{path}: {answer.stdout.strip().splitlines()[0]}")
+    return Finding("C++ compiler", path)
+
+
+def compile_failure(command: Sequence[str]) -> str | None:
+    """Why the compiler cannot make a small library, in words that follow its name; None if it can."""
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            source, library = Path(folder, "small.cpp"), Path(folder, "small.so")
+            source.write_text(SMALL_LIBRARY)
+            arguments = [str(source), "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-o", str(library)]
+            env = {**os.environ, "LC_ALL": "C"}
+            done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, env=env)
+            is_made = library.exists()
     except (OSError, subprocess.SubprocessError) as error:
-        words = " ".join(str(error).split())[:200]
-        return problem("C++ compiler", f"{path} does not run ({words})", "set CXX to another one, or install g++")
-    return Finding("C++ compiler", f"{path}: {answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else '?'}")
+        return f"cannot be tried ({' '.join(str(error).split())[:200]})"
+    if done.returncode:
+        said = " ".join(done.stderr.split())[:200] or "no output"
+        return f"does not compile with OpenMP (exit status {done.returncode}: {said})"
+    return None if is_made else "compiles nothing: it is no C++ compiler"
 
 
 def native_kernel() -> Finding:
     """The native CPU kernel, built now if it is not there."""
     level: Level = "problem" if native_is_needed() else "note"
     path = build.library_path()
-    was_there, start = path.exists(), time.monotonic()
+    was_there, start = build.is_there(path), time.monotonic()
+    if was_there and (death := death_of_loading(path)) is not None:
+        # Nothing after this may load it here, either.
+        build.give_up(f"{path} kills the process that loads it ({death}). Build it anew: {build.AHEAD_OF_TIME} --force")
     try:
         native.library()
     except build.Unavailable as error:
@@ -63,6 +96,17 @@ def native_kernel() -> Finding:
         return Finding("native CPU kernel", f"built now in {time.monotonic() - start:.1f} s: {path}")
     built = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     return Finding("native CPU kernel", f"built {built}: {path}")
+
+
+def death_of_loading(library: Path) -> str | None:
+    """The signal that ends another process that loads the library, in words; None if it lives."""
+    program = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    try:
+        done = subprocess.run([sys.executable, "-I", "-c", program, str(library)], capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):  # nothing is known of it
+        return None
+    number = -done.returncode
+    return signal.strsignal(number) or f"signal {number}" if number > 0 else None
 
 
 def folders() -> Iterator[Finding]:

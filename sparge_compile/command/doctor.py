@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-from sparge_compile.command import building, hardware, kernels, self_test, software, view
-from sparge_compile.command.findings import Diagnosis, Finding, examine
+from sparge_compile.command import building, hardware, kernels, self_test, software, speed, view
+from sparge_compile.command.findings import Diagnosis, Finding, Section, examine
 
 SECTIONS: dict[str, Callable[[], Iterable[Finding]]] = {
     "Versions": software.versions,
@@ -16,26 +16,32 @@ SECTIONS: dict[str, Callable[[], Iterable[Finding]]] = {
     "Kernels": kernels.look,
     "Self-test against dense attention in fp64": self_test.look,
     "OpenMP": hardware.openmp,  # after everything that loads a runtime
-    "Speed": self_test.speed,
+    "Speed": speed.look,
 }
 
 
-def diagnose(announce: Callable[[str], None] = lambda words: None) -> Diagnosis:
+def sections() -> Iterator[Section]:
     """Every section, each whatever the others find."""
-    sections = []
     for title, look in SECTIONS.items():
-        announce(title)
-        sections.append(examine(title, look))
-    return Diagnosis(tuple(sections))
+        with view.progress() as announce:
+            announce(title)
+            section = examine(title, look)
+        yield section
 
 
 def run(as_json: bool) -> int:
-    """Prints the diagnosis; the exit status: 0 if all is well, 1 if something is wrong."""
-    start = time.monotonic()
-    with view.progress() as announce:
-        diagnosis = diagnose(announce)
+    """Prints the diagnosis; the exit status: 0 if all is well, 1 if something is wrong.
+
+    Text section by section: what a section examines may kill the process, and those before it must have been said.
+    """
+    start, found = time.monotonic(), []
+    for section in sections():
+        found.append(section)
+        if not as_json:
+            view.show_section(section)
+    diagnosis = Diagnosis(tuple(found))
     if as_json:
         view.write_json(diagnosis.to_json(), "-")
     else:
-        view.show_diagnosis(diagnosis, time.monotonic() - start)
+        view.show_problems(diagnosis, time.monotonic() - start)
     return diagnosis.code

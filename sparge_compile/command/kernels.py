@@ -61,7 +61,7 @@ def minimum(device: torch.device) -> Iterator[Finding]:
         exact = break_even(device, "none")
         why = f"the measured break-even of CPUs with AVX-512 VNNI; {exact} with precision='none'"
     else:
-        why = "the measured break-even without INT8 products"
+        why = "without INT8 products it takes skipped tiles to gain, and shorter calls skip too few"
     yield Finding("min_tokens", f"{tokens} on {device}: {why}")
     for dtype in (torch.float32, torch.bfloat16):
         if (reason := ops.unmeasured(device, dtype, "int8")) is not None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,17 @@ def test_an_error_in_the_check_is_no_reason_and_blocks_nothing(capfd):
         build.load(accept=lambda library: 1 // 0)
     assert "failed after" in capfd.readouterr().err
     assert build.load().answer() == 42
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libraries are ELF files on Linux")
+@pytest.mark.parametrize("share", [0, 0.001, 0.004, 0.1, 0.5], ids="{:.1%} left".format)
+def test_a_library_that_is_cut_off_is_built_anew(share, calls, monkeypatch, capfd):
+    """The loader would map it, and the process die of SIGBUS."""
+    build.load()
+    content = build.library_path().read_bytes()
+    build.library_path().unlink()  # not truncated: this process has it mapped
+    build.library_path().write_bytes(content[: int(share * len(content))])
+    forget(monkeypatch)
+    assert build.load().answer() == 42 and len(calls()) == 2
+    assert f"{build.library_path()} is cut off" in capfd.readouterr().err
+    assert build.library_path().read_bytes() == content

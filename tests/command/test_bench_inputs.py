@@ -67,7 +67,30 @@ def test_bench_measures_the_file(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     ours = found["rows"][2]
     assert (ours["tokens"], ours["k_len"], ours["head_dim"]) == (200, 330, 24) and ours["milliseconds"] > 0
-    assert not any("smooth" in line for line in found["words"])
+    assert not any("smooth" in line or "transpose" in line for line in found["words"])
+    (measured,) = found["calls"]
+    assert (measured["q"], measured["k"], measured["v"]) == ([2, 4, 200, 24], [2, 2, 330, 24], [2, 2, 330, 16])
+    assert (measured["dtype"], measured["is_causal"], measured["precision"]) == ("float32", True, "int8")
+
+
+@pytest.mark.skipif(ops.unavailable(torch.device("cpu")) is not None, reason="needs the CPU kernel")
+def test_heads_where_tokens_should_be_are_doubted_and_what_was_measured_is_said(tmp_path, capsys):
+    path = save(tmp_path / "call.pt", [x.transpose(1, 2) for x in call(q_heads=2, kv_heads=2, q_len=64, k_len=64)])
+    main(["bench", "--device", "cpu", "--inputs", str(path), "--repeats", "1"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"Inputs: {path}, q and k [2, 64, 2, 24], v [2, 64, 2, 16], float32, not causal, precision int8." in shown
+    assert "64 heads and 2 tokens? The layout must be [batch, heads, tokens, head_dim]" in shown
+
+
+@pytest.mark.skipif(ops.unavailable(torch.device("cpu")) is not None, reason="needs the CPU kernel")
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")], ids=str)
+def test_inputs_that_are_not_finite_are_at_fault_and_not_the_kernel(tmp_path, capsys, wrong):
+    tensors = call()
+    tensors[2][0, 0, 3] = wrong
+    path = save(tmp_path / "call.pt", tensors)
+    assert main(["bench", "--device", "cpu", "--inputs", str(path), "--repeats", "1", "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdicts"][0]["outcome"] == "not measured" and "the inputs are at fault" in found["words"][0]
 
 
 class Trap:
@@ -86,9 +109,15 @@ class Trap:
         (dict(zip("qkv", [x.double() for x in call()], strict=True)), "float32, bfloat16, float16"),
         (dict(zip("qkv", [torch.ones(1, 1, 4, 300)] * 3, strict=True)), "head_dim 300 is not supported"),
         (dict(zip("qkv", [torch.ones(4, 8)] * 3, strict=True)), "wanted are q [B, Hq, Sq, D]"),
+        ((*call(), torch.ones(2)), "holds 4 things; allowed are q, k and v. Masks, biases and scales are not measured"),
+        (
+            dict(zip(("q", "k", "v", "attn_mask", "scale"), (*call(), 1, 2), strict=True)),
+            "holds attn_mask, k, q, scale, v",
+        ),
+        (dict(zip(("q", "k", "v", "query"), (*call(), 1), strict=True)), "each under one name"),
         (Trap(), "cannot be read (UnpicklingError"),
     ],
-    ids=["missing", "one tensor", "heads", "dtype", "head dim", "2-D", "code"],
+    ids=["missing", "one tensor", "heads", "dtype", "head dim", "2-D", "a fourth", "mask", "two queries", "code"],
 )
 def test_what_is_no_attention_call_is_named(tmp_path, capsys, content, words):
     path = tmp_path / "call.pt"

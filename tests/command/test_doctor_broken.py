@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from sparge_compile.command import doctor, first_aid, main, self_test
+from sparge_compile.command import building, doctor, first_aid, main, self_test, speed
 from sparge_compile.command.findings import examine
 from sparge_kernels import ops
 from sparge_kernels.cpu import KERNEL_VARIABLE, build, native
@@ -30,7 +30,8 @@ def nothing_built(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(self_test, "CASES", self_test.CASES[:1])
-    monkeypatch.setattr(self_test, "SPEED_TOKENS", 256)
+    monkeypatch.setattr(self_test, "COMPILED", self_test.COMPILED[:1])
+    monkeypatch.setattr(speed, "TOKENS", 256)
 
 
 def problems(capsys):
@@ -62,15 +63,60 @@ def test_an_empty_path(nothing_built, monkeypatch, capsys):
     assert "apt-get install g++" in the_one(problems(capsys), "C++ compiler: there is no C++ compiler")
 
 
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """A program that CXX names."""
+    path = tmp_path / "compiler"
+
+    def write(program):
+        path.write_text(f"#!/bin/sh\n{program}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+
+    return write
+
+
 @needs_native
-def test_a_compiler_that_fails(nothing_built, monkeypatch, capsys, tmp_path):
-    compiler = tmp_path / "compiler"
-    compiler.write_text('#!/bin/sh\necho "error: no such header" >&2\nexit 1\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+def test_a_compiler_that_fails(nothing_built, compiler, capsys):
+    compiler('echo "error: no such header" >&2; exit 1')
     found = problems(capsys)
-    assert "set CXX to another" in the_one(found, "does not run")
+    assert "set CXX to another" in the_one(found, "does not compile with OpenMP (exit status 1: error: no such header)")
     assert "build.log" in the_one(found, "native CPU kernel: ") and "no such header" in " ".join(found)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("exit 0", "compiles nothing: it is no C++ compiler"),
+        ('[ "$1" = --version ] && echo 1.0', "exit status 1: no output"),
+        ('case "$*" in *-fopenmp*) echo no OpenMP >&2; exit 1;; *) exec g++ "$@";; esac', "exit status 1: no OpenMP"),
+    ],
+    ids=["does nothing", "has a version only", "has no OpenMP"],
+)
+def test_what_is_no_compiler_for_this(compiler, program, words):
+    compiler(program)
+    found = building.compiler()
+    assert found.level == "problem" and words in found.value and found.advice.startswith("set CXX to another")
+
+
+@needs_native
+def test_a_compiler_that_compiles_needs_no_version(compiler):
+    compiler('[ "$1" = --version ] && exit 1; exec g++ "$@"')
+    found = building.compiler()
+    assert found.level == "ok" and found.value.endswith("/compiler")
+
+
+@needs_native
+def test_a_cached_kernel_that_kills_who_loads_it(nothing_built, tmp_path, capsys):
+    source, library = tmp_path / "deadly.cpp", build.library_path()
+    source.write_text("#include <cstdlib>\n__attribute__((constructor)) static void die() { abort(); }\n")
+    library.parent.mkdir(parents=True)
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    found = problems(capsys)
+    do = "Build it anew: python -m sparge_kernels.cpu.build --force"
+    assert the_one(found, f"native CPU kernel: {library} kills the process that loads it (Aborted)") == do
+    assert the_one(found, "cpu: no kernel, attention stays dense") == do
 
 
 @needs_native
@@ -106,19 +152,23 @@ def test_a_native_kernel_that_is_broken(monkeypatch, capsys, how):
     words = "MemoryError: no memory" if how == "dies" else "WRONG NUMBERS, relative L1"
     assert "do not use this backend here" in the_one(found, f"native on cpu: plain: {words}")
     assert the_one(found, "torch.compile on cpu: ")
-    assert not any("times as fast" in one.value for one in examine("Speed", self_test.speed).findings)
+    assert not any("times as fast" in one.value for one in examine("Speed", speed.look).findings)
+
+
+def compiled():
+    return self_test.check(self_test.COMPILE, self_test.by_compile, self_test.CPU, self_test.COMPILED)
 
 
 def test_a_backend_that_is_never_called(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    found = self_test.compiled(torch.device("cpu"))
+    found = compiled()
     assert found.level == "problem" and "never called" in found.value and "TORCHDYNAMO_DISABLE" in found.advice
 
 
 def test_a_call_that_is_not_rewritten(monkeypatch):
     monkeypatch.setattr(ops, "unavailable", lambda *_: "the kernel is on holiday")
     with pytest.warns(UserWarning, match="none of 1 attention calls"):
-        found = self_test.compiled(torch.device("cpu"))
+        found = compiled()
     assert found.level == "problem" and "the kernel is on holiday" in found.value
 
 

@@ -40,6 +40,8 @@ from typing import IO
 # torch's wheels bring under that name, already loaded. One runtime, and one pool of threads, for both.
 import torch  # noqa: F401 - for what it loads
 
+from sparge_kernels.cpu import elf
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -108,6 +110,20 @@ def library_path(arch: str | None = None, *, extra: Sequence[str] = ()) -> Path:
     return _root() / "sparge_kernels" / key.hexdigest()[:16] / "sparge_cpu.so"
 
 
+def is_there(library: Path) -> bool:
+    """It can be read, and the file is whole: to load one that is cut off would kill the process."""
+    try:
+        return not elf.is_cut_off(library)
+    except OSError:
+        return False
+
+
+def give_up(reason: str) -> None:
+    """From now on `load` of the library for this CPU fails in this process, with this reason."""
+    with _lock:
+        _results[None, ()] = reason
+
+
 def _root() -> Path:
     """What torch uses: TORCH_EXTENSIONS_DIR, else `torch.utils.cpp_extension.get_default_build_root()`."""
     if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
@@ -134,11 +150,13 @@ def cpu_features() -> str:
 
 
 def _load_or_build(library: Path, flags: Sequence[str], accept: Accept | None, force: bool) -> ctypes.CDLL:
-    if not force and os.access(library, os.R_OK):
+    if not force and is_there(library):
         return _open(library)
+    if not force and os.access(library, os.F_OK):
+        _say(f"sparge: {library} is cut off or cannot be read: it is built anew\n")
     compiler = compiler_command()
     with _locked(library.parent):
-        if not force and os.access(library, os.R_OK):  # built by another process meanwhile
+        if not force and is_there(library):  # built by another process meanwhile
             return _open(library)
         with _progress(compiler[0]):
             return _build(library, compiler, flags, accept)
