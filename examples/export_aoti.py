@@ -1,9 +1,10 @@
 """`sparge.attention` in a model that is exported to an AOTInductor package and runs in a process of its own.
 
-    python examples/export_aoti.py [--tokens 8192]
+    python examples/export_aoti.py [--tokens 8192] [--min-tokens 1024] [--out model.pt2]
 
 torch.export takes a model as it is written, so the model calls `sparge.attention` where it would call
-`F.scaled_dot_product_attention`. The package serves every length; calls shorter than min_tokens are dense in it.
+`F.scaled_dot_product_attention`. The package serves every length; calls of fewer tokens than --min-tokens are
+dense in it. Export it on a machine of the kind that will serve it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import RANDOM_WEIGHTS, compare
+from measure import RANDOM_WEIGHTS, compare, positive
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -26,7 +27,6 @@ import sparge_compile as sparge
 from sparge_kernels import ops
 
 WIDTH, HEADS = 512, 8
-MIN_TOKENS = 1024  # from here on sparse attention pays on a CPU with AVX-512; on a GPU nothing was measured
 
 # The serving process: of this project it needs the operator and nothing else.
 SERVE = """
@@ -59,15 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
-    model = Layer(partial(sparge.attention, min_tokens=MIN_TOKENS)).to(device, dtype).eval()
+    model = Layer(partial(sparge.attention, min_tokens=options.min_tokens)).to(device, dtype).eval()
     dense_model = Layer(F.scaled_dot_product_attention).to(device, dtype).eval()
     dense_model.load_state_dict(model.state_dict())
     lengths = [options.tokens, options.tokens // 2 + 1, 100]
     inputs = [torch.randn(1, length, WIDTH, device=device, dtype=dtype) for length in lengths]
-    print(f"lengths {lengths} on {device}, min_tokens {MIN_TOKENS}: shorter calls are dense in the package too")
+    print(f"lengths {lengths} on {device}, min_tokens {options.min_tokens}: shorter calls are dense in the package too")
 
     with tempfile.TemporaryDirectory() as folder:
-        path = export(model, inputs[0], Path(folder) / "sparse.pt2")
+        path = export(model, inputs[0], options.out or Path(folder) / "sparse.pt2")
         served = serve(path, inputs, Path(folder))
         sparse = torch._inductor.aoti_load_package(path)
         dense = torch._inductor.aoti_load_package(export(dense_model, inputs[0], Path(folder) / "dense.pt2"))
@@ -81,10 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{x.shape[1]:6} tokens: {ran}; as the model in Python, and in a fresh process the same to the bit")
         print(compare(lambda: dense(inputs[0]), lambda: sparse(inputs[0]), options.rounds))
     print(RANDOM_WEIGHTS)
+    if options.out is not None:
+        print(f"saved {options.out}: load it with torch._inductor.aoti_load_package after `import sparge_kernels.ops`")
 
 
 def export(model: nn.Module, x: Tensor, path: Path) -> str:
     """Path of an AOTInductor package that takes x [1, any length, WIDTH]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {1: Dim("tokens", min=2, max=1 << 20)}})
     return torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
@@ -99,9 +102,22 @@ def serve(package: str, inputs: list[Tensor], folder: Path) -> list[Tensor]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="the length to export with; others are served too")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each package is measured")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--tokens", type=positive, default=8192, help="the length to export with; others are served too"
+    )
+    parser.add_argument(
+        "--min-tokens", type=positive, default=8192, help="fewer stay dense (8192; with AVX-512 VNNI 1024 is enough)"
+    )
+    parser.add_argument("--out", type=Path, help="the package to write, FILE.pt2; default: none is kept")
+    parser.add_argument("--rounds", type=positive, default=5, help="how often each package is measured")
+    options = parser.parse_args(arguments)
+    if options.tokens < options.min_tokens:
+        parser.error(
+            f"--tokens {options.tokens}: must not be less than --min-tokens {options.min_tokens}, else all is dense"
+        )
+    if options.out is not None and options.out.suffix != ".pt2":
+        parser.error(f"--out {options.out}: the name must end in .pt2")
+    return options
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ distractors instead of in a row: the hard case for a method that looks at the me
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measure import positive, stop_if_all_dense, verdict
 
 import sparge_compile as sparge
 
@@ -31,11 +33,11 @@ QUESTIONS = 64
 
 @dataclass(frozen=True)
 class Run:
-    """Answers of one variant: logits per sequence, share of right answers, seconds per sequence (the median)."""
+    """Answers of one variant: logits per sequence, share of right answers, seconds of each sequence."""
 
     logits: list[torch.Tensor]
     recall: float
-    seconds: float
+    seconds: list[float]
 
 
 def main() -> None:
@@ -48,10 +50,11 @@ def main() -> None:
     sizes = {"pairs": QUESTIONS, "queries": QUESTIONS, "spread": arguments.spread}
     batches = [make_batch(1, tokens, generator=generator, **sizes) for _ in range(arguments.sequences)]
 
-    compiled = torch.compile(model, backend="sparge")
+    compiled = torch.compile(model, backend="sparge", options={"sparge.min_tokens": arguments.min_tokens})
     first = batches[0]
     report = sparge.explain(compiled, first.tokens.to(device), first.query_positions.to(device))
     print(f"{tokens} tokens on {device}, torch {torch.__version__}\n\n{report}\n")
+    stop_if_all_dense(report)
 
     print(f"{len(batches)} sequences, {QUESTIONS} questions each; compiling both variants ...", flush=True)
     dense, sparse = measure(compiled, batches, device)
@@ -60,9 +63,10 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, help="length of each sequence (16384; 65536 on a GPU)")
-    parser.add_argument("--sequences", type=int, default=6, help="how many sequences")
-    parser.add_argument("--spread", type=int, default=1, help="tokens from one question to the next, on average")
+    parser.add_argument("--tokens", type=positive, help="length of each sequence (16384; 65536 on a GPU)")
+    parser.add_argument("--sequences", type=positive, default=6, help="how many sequences")
+    parser.add_argument("--spread", type=positive, default=1, help="tokens from one question to the next, on average")
+    parser.add_argument("--min-tokens", type=positive, help="rewrite from this length on; default: the device's")
     return parser.parse_args()
 
 
@@ -73,14 +77,13 @@ def measure(compiled: Callable[..., torch.Tensor], batches: list[RecallBatch], d
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for enabled in (False, True):
         answer(compiled, batches[0], device, enabled)  # compiles
-    for batch in batches:
-        for enabled in (False, True):
+    for batch, first in zip(batches, itertools.cycle((False, True))):
+        for enabled in (first, not first):
             start = time.perf_counter()
             logits[enabled].append(answer(compiled, batch, device, enabled))
             seconds[enabled].append(time.perf_counter() - start)
     dense, sparse = (
-        Run(logits[enabled], recall(logits[enabled], batches), statistics.median(seconds[enabled]))
-        for enabled in (False, True)
+        Run(logits[enabled], recall(logits[enabled], batches), seconds[enabled]) for enabled in (False, True)
     )
     return dense, sparse
 
@@ -105,13 +108,9 @@ def describe(dense: Run, sparse: Run) -> None:
     relative_l1 = difference / sum(out.abs().sum() for out in dense.logits)
     print(f"{'':8}{'recall':>8}{'seconds':>10}")
     for name, run in (("dense", dense), ("sparse", sparse)):
-        print(f"{name:8}{run.recall:8.1%}{run.seconds:10.3f}")
+        print(f"{name:8}{run.recall:8.1%}{statistics.median(run.seconds):10.3f}")
     print(f"relative L1 of the logits, sparse against dense: {relative_l1:.4f}")
-    ratio = dense.seconds / sparse.seconds
-    if ratio > 1.02:
-        print(f"sparse is {ratio:.2f} times as fast as dense, whole model")
-    else:
-        print(f"sparse is NOT faster here: {ratio:.2f} times the speed of dense; keep it dense at this length")
+    print(verdict(dense.seconds, sparse.seconds))
 
 
 if __name__ == "__main__":

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measure import RANDOM_WEIGHTS, compare
+from measure import RANDOM_WEIGHTS, compare, positive, stop_if_all_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, Qwen3Config
 
 import sparge_compile as sparge
 
 LONG_TEXT = Path(torch.nn.functional.__file__)
-COMPARED = 128  # the last positions of the prompt
+COMPARED = 128  # the last positions of the prompt, or all
 
 
 @torch.no_grad()
@@ -32,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, prompt = load(options, torch.bfloat16 if device == "cuda" else torch.float32)
     model, prompt = model.to(device).eval(), prompt.to(device)
-    prefill = torch.compile(model, backend="sparge")
+    prefill = torch.compile(model, backend="sparge", options={"sparge.min_tokens": options.min_tokens})
 
     def read_prompt() -> tuple[Tensor, DynamicCache]:
         cache = DynamicCache(config=model.config)
-        output = prefill(prompt, past_key_values=cache, use_cache=True, logits_to_keep=COMPARED)
+        output = prefill(prompt, **with_cache(model, cache), use_cache=True, logits_to_keep=COMPARED)
         return output.logits[0], cache  # [COMPARED, vocabulary]
 
     def dense() -> Tensor:
@@ -46,14 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def sparse() -> Tensor:
         return read_prompt()[0]
 
-    print(f"prefill of {prompt.shape[1]} tokens on {device}\n\n{sparge.explain(prefill, prompt, logits_to_keep=1)}\n")
+    report = sparge.explain(prefill, prompt, logits_to_keep=1)
+    print(f"prefill of {prompt.shape[1]} tokens on {device}\n\n{report}\n")
+    stop_if_all_dense(report)
     comparison = compare(dense, sparse, options.rounds)
     agree = (comparison.dense.argmax(-1) == comparison.sparse.argmax(-1)).float().mean()
-    print(f"{comparison}\nnext token as dense at {agree:.1%} of the last {COMPARED} positions")
+    print(f"{comparison}\nnext token as dense at {agree:.1%} of the last {len(comparison.dense)} positions")
 
     logits, cache = read_prompt()
     next_token = logits[-1:].argmax(-1, keepdim=True)
-    one_step = sparge.explain(prefill, next_token, past_key_values=copy.deepcopy(cache))
+    one_step = sparge.explain(prefill, next_token, **with_cache(model, copy.deepcopy(cache)))
     print(f"\na decoding step: {one_step}")
     with sparge.rewriting(enabled=False):
         dense_logits, dense_cache = read_prompt()
@@ -68,8 +71,14 @@ def decode(model: PreTrainedModel, token: Tensor, cache: DynamicCache, count: in
     """The `count` likeliest tokens from `token` [1, 1] on, by the model as it is (or compiled with Inductor alone)."""
     tokens = [token]
     while len(tokens) < count:
-        tokens.append(model(tokens[-1], past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+        tokens.append(model(tokens[-1], **with_cache(model, cache)).logits[:, -1].argmax(-1, keepdim=True))
     return torch.cat(tokens, dim=1)[0].tolist()
+
+
+def with_cache(model: PreTrainedModel, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """The cache under the name that the model has for it: `past_key_values` before transformers 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[PreTrainedModel, Tensor]:
@@ -95,10 +104,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal language model of the hub, or its folder")
     parser.add_argument("--text", type=Path, default=LONG_TEXT, help="the prompt (a long source file of torch)")
-    parser.add_argument("--tokens", type=int, default=8192, help="how many of its tokens")
-    parser.add_argument("--new-tokens", type=int, default=8, help="how many to decode")
-    parser.add_argument("--layers", type=int, default=2, help="of the random model")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each variant is measured")
+    parser.add_argument("--tokens", type=positive, default=8192, help="how many of its tokens")
+    parser.add_argument("--new-tokens", type=positive, default=8, help="how many to decode")
+    parser.add_argument("--layers", type=positive, default=2, help="of the random model")
+    parser.add_argument("--min-tokens", type=positive, help="rewrite from this length on; default: the device's")
+    parser.add_argument("--rounds", type=positive, default=3, help="how often each variant is measured")
     return parser.parse_args(arguments)
 
 
