@@ -24,6 +24,7 @@ from torch._dynamo import callback as _callback
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import AttrSource, GetItemSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Source, TracingContext
@@ -113,15 +114,23 @@ def root_local(path: str | None) -> str | None:
 
 
 def _self_in_varargs() -> str | None:
-    """`args[0]` where the frame is a module's forward of the kind `def wrapper(*args, **kwargs)`, a decorator's."""
+    """`args[0]` where the frame is a module's forward of the kind `def wrapper(*args, **kwargs)`, a decorator's.
+
+    Its continuation after a graph break has `args` as one of its variables.
+    """
     output = _translator().output
     code = output.root_tx.f_code
+    if code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX):
+        names = [name + _FIRST for name in output.local_scope]
+        return next((name for name in names if isinstance(_local(name), nn.Module)), None)
     if not code.co_flags & inspect.CO_VARARGS or code.co_argcount:
         return None
     name = code.co_varnames[code.co_kwonlyargcount] + _FIRST
     owner = _local(name)
-    # Not any function of modules, `def run(*layers)`: there the first is one of many.
-    is_forward = isinstance(owner, nn.Module) and getattr(owner.forward, "__code__", None) is code
+    # Not any function of modules, `def run(*layers)`: there the first is one of many. An instance may have a forward of
+    # its own around that of its class: one that is attached has.
+    forwards = (getattr(owner, "forward", None), getattr(type(owner), "forward", None))
+    is_forward = isinstance(owner, nn.Module) and any(getattr(one, "__code__", None) is code for one in forwards)
     return name if is_forward else None
 
 
@@ -151,13 +160,13 @@ def module_in_local(name: str, path: str) -> nn.Module | None:
 def guard_on_attribute_of_local(name: str, attribute: str) -> bool:
     """Has the module in this local variable an attribute of its own with this name? Guards the graph on the answer.
 
-    An empty name stands for every module among the variables of the frame. The attribute's value is a text that never
-    changes.
+    An empty name stands for every module among the variables of the frame, the first item of a tuple included. The
+    attribute's value is a text that never changes.
     """
     scope = _translator().output.local_scope
-    first = _self_in_varargs()
     modules = [other for other, value in scope.items() if isinstance(value, nn.Module)]
-    names = [name] if name else [*modules, *([first] if first else [])]
+    firsts = [other + _FIRST for other in scope if isinstance(_local(other + _FIRST), nn.Module)]
+    names = [name] if name else [*modules, *firsts]
     answers = [_guard_on_attribute(local, _local(local), attribute) for local in names]
     return any(answers)
 

@@ -31,6 +31,7 @@ class Collector(Watcher):
         super().__init__(target)
         self.diffs: dict[str, None] = {}  # in order
         self.tiles: dict[str, Tensor] = {}
+        self.rewrote_what_needs_gradients = False  # in a graph that ran
         self._target = target
         self._timer = ops.CallTimer() if timing else None
         self._tile_maps = tile_maps

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sparge_compile import context, dynamo, graph_diff
 from sparge_compile.backend import transform_sites
@@ -71,7 +71,7 @@ def explain(
     if chosen.enabled and chosen.profile is not None and isinstance(target, nn.Module):
         chosen.profile.check_model(target)  # here, where the warnings are heard
         chosen.profile.warn_of_missing_sites(target)
-    wants_gradients = _wants_gradients(target)
+    gradients_are_on = torch.is_grad_enabled()
     collector = Collector(target, timing, patterns)
     token = _COLLECTOR.set(collector)
     try:
@@ -84,7 +84,7 @@ def explain(
     sites = collector.sites
     notes = [*(collector.notes or (() if sites else (NONE_SEEN,)))]
     notes += [f"tile_maps: no rewritten call has a name like {pattern!r}" for pattern in collector.unmatched_patterns]
-    if wants_gradients and any(site.rewritten for site in sites):
+    if gradients_are_on and collector.rewrote_what_needs_gradients:
         notes.append(_WITHOUT_GRADIENTS)
     return Report(sites, tuple(notes), tuple(collector.diffs), collector.tiles)
 
@@ -106,12 +106,6 @@ def _patterns(tile_maps: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _wants_gradients(target: Callable[..., Any]) -> bool:
-    """Would a plain call of it here be recorded for a backward?"""
-    parameters = target.parameters() if isinstance(target, nn.Module) else ()
-    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-
-
 def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """A TorchDynamo backend: rewrites, and reports to the `explain` in progress whenever the graph runs."""
     before = graph_diff.readable(gm)
@@ -119,6 +113,8 @@ def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
     diff = graph_diff.difference(before, graph_diff.readable(gm)) if outcomes else ""
     watch_dense_calls(gm, outcomes, _COLLECTOR.get)
     sites = [report for _, report in outcomes]
+    # Parameters are inputs of a graph. What one graph gives to the next has no gradient in this run.
+    needs_gradients = any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     traced_in = weakly(module_running(sys._getframe(1)))
     forward = gm.forward
 
@@ -126,6 +122,8 @@ def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
         collector = _COLLECTOR.get()
         if collector is None:
             return forward(*inputs)
+        if needs_gradients and any(site.rewritten for site in sites):
+            collector.rewrote_what_needs_gradients = True
         with collector.graph_runs(sites, diff, traced_in(), module_running(sys._getframe(1))):
             return forward(*inputs)
 

@@ -144,7 +144,7 @@ class Report:
             raise KeyError(self._why_no_tiles(site))
         tiles = self.tiles[site]
         for what, index, size in (("batch", batch, tiles.shape[0]), ("head", head, tiles.shape[1])):
-            if isinstance(index, bool) or not isinstance(index, int):
+            if isinstance(index, bool) or not hasattr(index, "__index__"):
                 raise TypeError(f"{what}={index!r}: must be a whole number.")
             if not 0 <= index < size:
                 raise ValueError(f"{what}={index}: {site} has {size}; 0 to {size - 1} is allowed.")

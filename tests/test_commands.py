@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +96,7 @@ def test_the_extras_that_documents_install_exist():
 def newcomer(tmp_path):
     """Runs a block step by step in a fresh copy of the project; what it installs comes from here, not from an index."""
     copy_sources(tmp_path)
+    here = [path for path in sys.path if any(Path(path).glob("*.dist-info"))]
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
     def run(block: str) -> str:
@@ -105,8 +105,8 @@ def newcomer(tmp_path):
             name = PYTHON.sub("", step)
             command = f"{step} {SHORTER.get(name, '')}"
             if "pip install" in step:
-                here = f"torch=={torch.__version__.partition('+')[0]}"
-                command = re.sub(r"torch==\S+", here, step) + " --no-index --no-build-isolation"
+                installed = f"torch=={torch.__version__.partition('+')[0]}"
+                command = re.sub(r"torch==\S+", installed, step) + " --no-index --no-build-isolation"
             result = subprocess.run(
                 command,
                 shell=True,
@@ -118,10 +118,8 @@ def newcomer(tmp_path):
             )
             assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
             for packages in tmp_path.glob(".venv/lib/python*/site-packages"):
-                # First, since a new environment's own setuptools may be too old.
-                (packages / "here.pth").write_text(
-                    f"import sys; sys.path.insert(0, {sysconfig.get_paths()['purelib']!r})"
-                )
+                # At the front, since a new environment's own setuptools may be too old.
+                (packages / "here.pth").write_text(f"import sys; sys.path[:0] = {here!r}")
             printed += result.stdout
         return printed
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from sparge_compile import search
 from sparge_compile.bench.exact import Expected
 from sparge_compile.bench.peers import Peer
-from sparge_compile.bench.problem import ALL_TILES, Choice, Problem
+from sparge_compile.bench.problem import ALL_TILES, Problem
 from sparge_kernels import reference
 
 SAME_TILES_LIMIT = 2e-2  # relative L1 between two peers that compute the same tiles
 LEAST_COSINE = 0.99  # of a row where every tile is computed: a mean error hides a tile of queries that is all wrong
+LEAST_COSINE_OF_INT8 = 0.95
 SELECTION_LIMIT = 2e-3  # share of the tiles that two ways to choose them may differ in: rounding decides equal scores
 
 
@@ -62,9 +63,13 @@ def exact_limit(peer: Peer, problem: Problem) -> float:
     return 1e-4 if problem.dtype == torch.float32 else 5e-3
 
 
-def least_cosine(peer: Peer, choice: Choice) -> float | None:
+def least_cosine(peer: Peer, problem: Problem) -> float | None:
     """Of a row to dense attention; None: any will do, and is shown."""
-    return LEAST_COSINE if choice.keeps_all or not peer.sparse else choice.min_row_cosine
+    choice = problem.choice
+    if not peer.sparse or (choice.keeps_all and problem.precision == "none"):
+        return LEAST_COSINE
+    # INT8 rounds peaked scores (of a standard deviation of 9, say) to rows of .975, a right kernel's too.
+    return LEAST_COSINE_OF_INT8 if choice.keeps_all else choice.min_row_cosine
 
 
 def failure(peer: Peer, output: Tensor, check: Check) -> str | None:
@@ -91,7 +96,7 @@ def failure(peer: Peer, output: Tensor, check: Check) -> str | None:
     for what, error, most in errors:
         if not error <= most:
             return f"{what} is {error:.2g}, allowed is {most:.2g}"
-    least = least_cosine(peer, choice)
+    least = least_cosine(peer, check.problem)
     if least is not None and not found.worst_cosine >= least:
         words = f"the worst row's cosine to {check.expected.words} is {found.worst_cosine:.3g}"
         return f"{words}, allowed is {least:.3g} or more"

@@ -98,11 +98,19 @@ def native_kernel() -> Finding:
     return Finding("native CPU kernel", f"built {built}: {path}")
 
 
+LOAD = """
+import contextlib, ctypes, sys
+with contextlib.suppress(ImportError):  # Windows has none
+    import resource
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+ctypes.CDLL(sys.argv[1])
+"""
+
+
 def death_of_loading(library: Path) -> str | None:
     """The signal that ends another process that loads the library, in words; None if it lives."""
-    program = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
     try:
-        done = subprocess.run([sys.executable, "-I", "-c", program, str(library)], capture_output=True, timeout=60)
+        done = subprocess.run([sys.executable, "-I", "-c", LOAD, str(library)], capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError):  # nothing is known of it
         return None
     number = -done.returncode

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from attached_blocks import POLICY, Block, TwoCalls, X, by_block, keep, net, profile, whole
-from light import LightBackend, nodes_of
+from light import Attention, LightBackend, nodes_of
 from torch import Tensor, nn
 
 import sparge_compile as sparge
@@ -61,6 +62,52 @@ def test_a_call_behind_a_graph_break_stays_dense_while_attached_and_never_takes_
     count = len(backend.sites)
     sparse = model(X)
     assert len(backend.sites) == count and not torch.equal(sparse, dense)
+
+
+class DecoratedAttention(Attention):
+    """A forward behind a decorator that takes anything, as `deprecate_kwarg` of transformers."""
+
+    breaks = ""
+
+    def forward(*args: Any) -> Tensor:
+        if args[0].breaks == "before":
+            torch._dynamo.graph_break()
+        out = Attention.forward(*args)
+        if args[0].breaks == "after":
+            torch._dynamo.graph_break()
+        return out
+
+
+class BreaksBefore(DecoratedAttention):
+    breaks = "before"
+
+
+class BreaksAfter(DecoratedAttention):
+    breaks = "after"
+
+
+@pytest.mark.parametrize("attached_before", [True, False], ids=["attached-first", "compiled-first"])
+@pytest.mark.parametrize("attention", [DecoratedAttention, BreaksBefore, BreaksAfter])
+def test_behind_a_decorator_that_takes_anything_an_attached_profile_is_never_passed_over(attention, attached_before):
+    class Decorated(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn1 = attention()
+
+    model, plain = net(2, Decorated), net(2)
+    plain.load_state_dict(model.state_dict())
+    backend = by_block(model)
+    if not attached_before:
+        model(X)
+        backend.sites.clear()
+    sparge.attach(model, profile(2))
+    out = model(X)
+    assert backend.sites, "it was not compiled anew"
+    if attention is DecoratedAttention:
+        assert {site.threshold_source for site in backend.sites} == {"attached profile"}
+        torch.testing.assert_close(out, whole(plain, profile(2)), rtol=0, atol=0)
+    else:
+        assert all("a profile is attached to the module" in (site.reason or "") for site in backend.sites)
 
 
 def marks(backend: LightBackend) -> tuple[int, int]:

@@ -62,16 +62,22 @@ def test_dynamic_lengths_are_those_of_the_run():
     assert (site.q_len, site.k_len) == (7, 7)
 
 
-def test_a_forward_behind_a_decorator_that_takes_anything_keeps_the_names_of_modules():
-    """As `deprecate_kwarg` of transformers: the frame's own variable is `args`, whose first item is the module."""
+def decorated(forward, breaks=""):
+    """As `deprecate_kwarg` of transformers does: the frame's own variable is `args`, whose first item is the module."""
 
-    def decorated(forward):
-        @functools.wraps(forward)
-        def wrapper(*args, **kwargs):
-            return forward(*args, **kwargs)
+    @functools.wraps(forward)
+    def wrapper(*args, **kwargs):
+        if breaks == "before":
+            torch._dynamo.graph_break()
+        out = forward(*args, **kwargs)
+        if breaks == "after":
+            torch._dynamo.graph_break()
+        return out
 
-        return wrapper
+    return wrapper
 
+
+def test_modules_keep_their_names_behind_a_decorator_that_takes_anything():
     class Decorated(Stack):
         forward = decorated(Stack.forward)
 
@@ -85,3 +91,12 @@ def test_a_forward_behind_a_decorator_that_takes_anything_keeps_the_names_of_mod
     assert [(site.name, site.threshold_source) for site in report.sites] == [
         (name, "attached profile") for name in names
     ]
+
+
+@pytest.mark.parametrize("breaks", ["before", "after"])
+def test_modules_keep_their_names_where_such_a_decorator_breaks_the_graph(breaks):
+    class Decorated(Stack):
+        forward = decorated(Stack.forward, breaks)
+
+    report = sparge.explain(Decorated(2).eval(), X, policy=EXACT)
+    assert [(site.name, site.rewritten) for site in report.sites] == [("blocks.0", True), ("blocks.1", True)]

@@ -152,12 +152,12 @@ def cpu_features() -> str:
 def _load_or_build(library: Path, flags: Sequence[str], accept: Accept | None, force: bool) -> ctypes.CDLL:
     if not force and is_there(library):
         return _open(library)
-    if not force and os.access(library, os.F_OK):
-        _say(f"sparge: {library} is cut off or cannot be read: it is built anew\n")
     compiler = compiler_command()
     with _locked(library.parent):
         if not force and is_there(library):  # built by another process meanwhile
             return _open(library)
+        if not force and os.access(library, os.F_OK):
+            _say(f"sparge: {library} is cut off or cannot be read: it is built anew\n")
         with _progress(compiler[0]):
             return _build(library, compiler, flags, accept)
 

@@ -31,4 +31,4 @@ def is_cut_off(library: Path) -> bool:
     if len(table) < length * count:
         return True
     segments = (SEGMENT.unpack_from(table, at) for at in range(0, len(table), length))
-    return any(offset + stored > size for offset, stored in segments)
+    return any(stored and offset + stored > size for offset, stored in segments)
