@@ -113,8 +113,7 @@ def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
     diff = graph_diff.difference(before, graph_diff.readable(gm)) if outcomes else ""
     watch_dense_calls(gm, outcomes, _COLLECTOR.get)
     sites = [report for _, report in outcomes]
-    # Parameters are inputs of a graph. What one graph gives to the next has no gradient in this run.
-    needs_gradients = any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+    rewrites = any(site.rewritten for site in sites)
     traced_in = weakly(module_running(sys._getframe(1)))
     forward = gm.forward
 
@@ -122,7 +121,8 @@ def _report_when_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
         collector = _COLLECTOR.get()
         if collector is None:
             return forward(*inputs)
-        if needs_gradients and any(site.rewritten for site in sites):
+        # Parameters are inputs of a graph. What one graph gives to the next has no gradient in this run.
+        if rewrites and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             collector.rewrote_what_needs_gradients = True
         with collector.graph_runs(sites, diff, traced_in(), module_running(sys._getframe(1))):
             return forward(*inputs)
