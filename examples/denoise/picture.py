@@ -151,7 +151,7 @@ def draw_times(variants: Sequence[Variant], axes: Any, where: str) -> None:
     axes.bar_label(bars, [f"{taken:.1f} s" for taken in seconds], padding=3, fontsize=14)
     axes.set_ylim(0, max(seconds) * 1.18)
     axes.set_yticks([])
-    axes.tick_params(labelsize=13, length=0)
+    axes.tick_params(labelsize=13 if len(variants) < 4 else 10, length=0)
     axes.set_title(f"whole model, {where}", fontsize=12)
     tidy(axes)
 
