@@ -22,5 +22,3 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     if config.option.numprocesses is None and not config.option.usepdb and config.option.capture != "no":
         config.option.numprocesses = min(os.cpu_count() or 1, 8)
-        if config.option.dist == "no":
-            config.option.dist = "loadgroup"  # tests of one group, which share a costly fixture, in one process
