@@ -17,7 +17,8 @@ constexpr int TASKS_PER_THREAD = 32;  // query tiles between two meetings of the
 int64_t heads_at_a_time(const Call& call) {
     const int64_t tasks = ceil_div(call.q_len, Q_TILE) * (call.q_heads / call.kv_heads);
     const int64_t wanted = ceil_div(int64_t(call.threads) * TASKS_PER_THREAD, tasks);
-    // Prepared heads take a quarter of what theirs take in fp32: with half of them at a time, an eighth of the whole.
+    // Prepared heads take a quarter of what theirs take in fp32 (half, where codes are fp32): with half of the heads at a
+    // time, an eighth of the whole.
     const int64_t affordable = std::max<int64_t>(1, call.batch * call.kv_heads / 2);
     return std::min(affordable, std::max<int64_t>(1, wanted));
 }
@@ -135,7 +136,8 @@ extern "C" int sparge_quantized(
             k_scales[i] = keys.scales[i], k_exact[i] = keys.exact[i], k_similarity[i] = keys.similarity[i];
         }
         for (int64_t i = 0; i < call->k_len; ++i)
-            std::memcpy(k_codes + i * keys.dim, &keys.codes[i * keys.code_dim], keys.dim);
+            for (int d = 0; d < keys.dim; ++d)
+                k_codes[i * keys.dim + d] = static_cast<int8_t>(keys.codes[i * keys.code_dim + d]);
         QueryTile query(*call);
         query.prepare(*call, Rows(call->q, b, head, call->dim, call->dtype), tile);
         *q_similarity = query.similarity;

@@ -26,19 +26,35 @@ using ClusterNumber = float;
 #endif
 constexpr int CHANNELS_PER_NUMBER = sizeof(ClusterNumber) / (std::is_same<ClusterDot, DotFloat>::value ? 4 : 2);
 
+// Codes as a product reads them: a granule of Q's is CODES of Code + CODE_OFFSET, one of K's without the offset.
+#if defined(SPARGE_INT8_DOT)
+using CodeDot = DotInt8;
+using Code = int8_t;
+constexpr int CODE_OFFSET = 128;
+#elif defined(SPARGE_INT16_DOT)
+using CodeDot = DotInt16;
+using Code = int16_t;
+constexpr int CODE_OFFSET = 0;
+#else
+using CodeDot = DotFloat;
+using Code = float;
+constexpr int CODE_OFFSET = 0;
+#endif
+constexpr int CODES = 4 / sizeof(Code);
+
 struct KeyTiles {
     int count = 0, dim = 0, value_dim = 0;
     int padded = 0;        // dim rounded up to whole vectors: rows of means and centres
     int value_padded = 0;  // the same of value_dim
-    int code_dim = 0;      // dim rounded up to whole granules of 4 codes
+    int code_dim = 0;      // dim rounded up to whole granules
     std::vector<float> means, centres;     // [count][padded]
     std::vector<float> similarity;         // [count], NaN where a number is not finite: below every threshold
     std::vector<float> scales;             // [count]
     std::vector<uint8_t> exact;            // [count]: INT8 cannot hold the tile
     std::vector<uint8_t> finite_values;    // [count]
     std::vector<uint8_t> finite;           // [count]: every number of K and V; their tiles have clusters
-    std::vector<int8_t> codes;             // [count][K_TILE][code_dim]
-    std::vector<int32_t> starts;           // [count][K_TILE]: -128 * sum of a key's codes, for codes + 128 of Q
+    std::vector<Code> codes;               // [count][K_TILE][code_dim]
+    std::vector<int32_t> starts;           // [count][K_TILE]: -CODE_OFFSET * sum of a key's codes
     std::vector<int32_t> values;           // [count][K_TILE / 2][value_padded]: pairs of keys in bf16
     std::vector<ClusterNumber> cluster_means;            // [count][CLUSTERS][padded / CHANNELS_PER_NUMBER]
     std::vector<float> cluster_sizes, cluster_spreads;  // [count][CLUSTERS]
@@ -49,7 +65,7 @@ struct KeyTiles {
         value_dim = static_cast<int>(call.value_dim);
         padded = round_up(dim, LANES);
         value_padded = round_up(value_dim, LANES);
-        code_dim = round_up(dim, 4);
+        code_dim = round_up(dim, CODES);
         means.assign(size_t(count) * padded, 0.0f);
         centres.assign(size_t(count) * padded, 0.0f);
         similarity.resize(count);
@@ -191,16 +207,16 @@ inline void quantize_tile(const Call& call, const Rows& k, KeyTiles& keys, int t
     bool exact = !finite || !usable_scale(largest) || largest > OUTLIER_RATIO * (typical / static_cast<float>(count));
     keys.exact[tile] = exact;
     keys.scales[tile] = exact ? 0.0f : largest / LARGEST_CODE;
-    int8_t* codes = &keys.codes[size_t(tile) * K_TILE * keys.code_dim];
+    Code* codes = &keys.codes[size_t(tile) * K_TILE * keys.code_dim];
     int32_t* starts = &keys.starts[size_t(tile) * K_TILE];
-    std::memset(codes, 0, size_t(K_TILE) * keys.code_dim);
+    std::fill(codes, codes + size_t(K_TILE) * keys.code_dim, Code(0));
     std::memset(starts, 0, sizeof(int32_t) * K_TILE);
     if (keys.scales[tile] == 0) return;
     int8_t line[MAX_DIM];
     for (int i = 0; i < count; ++i) {
         row_codes(rows + i * padded, padded, keys.scales[tile], line);
-        std::memcpy(codes + i * keys.code_dim, line, keys.code_dim);
-        for (int d = 0; d < keys.code_dim; ++d) starts[i] -= 128 * line[d];
+        std::copy(line, line + keys.code_dim, codes + i * keys.code_dim);
+        for (int d = 0; d < keys.code_dim; ++d) starts[i] -= CODE_OFFSET * line[d];
     }
 }
 

@@ -4,8 +4,8 @@
 // output is [channel][query]. Row maxima, sums, scales and masks are then plain vector operations, without a single
 // horizontal one, and the weights of one product are the B operand of the next without a transpose.
 //
-// One step is one 32-bit granule of A against one of B: a float, 2 bf16 or 4 int8, chosen by the Dot type. A granules
-// are broadcast from memory, so A may have any strides.
+// One step is one 32-bit granule of A against one of B: a float, 2 bf16, 2 int16 or 4 int8, chosen by the Dot type. A
+// granules are broadcast from memory, so A may have any strides.
 #pragma once
 
 #include "simd.h"
@@ -14,9 +14,13 @@ namespace sparge {
 
 constexpr int Q_TILE = 128;
 constexpr int K_TILE = 64;
+#if defined(SPARGE_AVX2)
+constexpr int BLOCK_ROWS = 6;  // 12 sums, 2 of B and one of A: of 16 registers; 8 sums do not fill the latency
+#else
 constexpr int BLOCK_ROWS = 4;
+#endif
 constexpr int GROUP = LANES * VECTORS;  // queries of a register block
-static_assert(Q_TILE % GROUP == 0 && K_TILE % BLOCK_ROWS == 0, "tiles are whole blocks");
+static_assert(Q_TILE % GROUP == 0, "tiles are whole groups");
 
 struct DotFloat {
     using Sum = Floats;
@@ -43,6 +47,18 @@ struct DotInt8 {  // B is unsigned: codes + 128
 };
 #endif
 
+#if defined(SPARGE_INT16_DOT)
+struct DotInt16 {
+    using Sum = Ints;
+    using Granule = sparge::Granule;
+    static inline Sum broadcast(int32_t x) { return splat(x); }
+    static inline Sum add(Sum sum, Ints a, Ints b) { return sum + dot_int16(a, b); }
+    static inline Ints load_b(const Granule* p) { return *reinterpret_cast<const Ints*>(p); }
+    static inline Ints load_a(Granule x) { return splat(x); }
+    static inline Floats value(Sum sum) { return to_floats(sum); }
+};
+#endif
+
 #if defined(SPARGE_BF16_DOT)
 struct DotBFloat16 {
     using Sum = Floats;
@@ -63,6 +79,9 @@ struct DotBFloat16 {
     static inline Floats value(Sum sum) { return sum; }
 };
 #endif
+
+// The next smaller block, for the rows that are left.
+constexpr int rows_after(int rows) { return rows > 4 ? 4 : rows / 2; }
 
 // A[row][step] = data[row * row_stride + step * step_stride]
 template <class Granule>
@@ -110,19 +129,19 @@ inline __attribute__((always_inline)) void score_block(
     }
 }
 
-template <class Dot>
+template <class Dot, int ROWS = BLOCK_ROWS>
 void score_group(
     Operand<typename Dot::Granule> a, const typename Dot::Granule* b, int steps, const int32_t* start,
     const float* factor, const float* offset, int rows, float* out, float* maxima) {
     int row = 0;
-    for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS)
-        score_block<Dot, BLOCK_ROWS>(
+    for (; row + ROWS <= rows; row += ROWS)
+        score_block<Dot, ROWS>(
             {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, steps, start ? start + row : nullptr,
             factor, offset, out + row * GROUP, maxima);
-    for (; row < rows; ++row)
-        score_block<Dot, 1>(
+    if constexpr (ROWS > 1)
+        score_group<Dot, rows_after(ROWS)>(
             {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, steps, start ? start + row : nullptr,
-            factor, offset, out + row * GROUP, maxima);
+            factor, offset, rows - row, out + row * GROUP, maxima);
 }
 
 // out[row][query] = out[row][query] * decay[query] + product, for `rows` channels and GROUP queries.
@@ -140,17 +159,18 @@ inline __attribute__((always_inline)) void value_block(
         for (int v = 0; v < VECTORS; ++v) store(out + row * Q_TILE + v * LANES, sum[row][v]);
 }
 
-template <class Dot>
+template <class Dot, int ROWS = BLOCK_ROWS>
 void value_group(
     Operand<typename Dot::Granule> a, const typename Dot::Granule* b, int steps, const float* decay, int rows,
     float* out) {
     int row = 0;
-    for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS)
-        value_block<Dot, BLOCK_ROWS>(
+    for (; row + ROWS <= rows; row += ROWS)
+        value_block<Dot, ROWS>(
             {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, steps, decay, out + row * Q_TILE);
-    for (; row < rows; ++row)
-        value_block<Dot, 1>(
-            {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, steps, decay, out + row * Q_TILE);
+    if constexpr (ROWS > 1)
+        value_group<Dot, rows_after(ROWS)>(
+            {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, steps, decay, rows - row,
+            out + row * Q_TILE);
 }
 
 }  // namespace sparge

@@ -65,7 +65,7 @@ struct QueryTile {
     bool any_exact = false;
     Aligned<float> mean;        // [padded]
     Aligned<float> wide;        // [padded][128], fp32
-    Aligned<float> codes;       // INT8 dot: [granules][128] of 4 codes + 128; else [dim][128], codes as fp32
+    Aligned<float> codes;       // [granules][128]
     Aligned<float> code_factor; // [128]: score in bits = code product * this * the K tile's scale + offset
     Aligned<float> factor;      // [128]: the same for the exact product
     Aligned<float> offset;      // [128]: 0, or -inf for lanes without a query
@@ -104,16 +104,13 @@ struct QueryTile {
     }
 
     int8_t code(int query, int d) const {
-#if defined(SPARGE_INT8_DOT)
-        const uint8_t* bytes = reinterpret_cast<const uint8_t*>(codes + (d / 4) * Q_TILE + query);
-        return static_cast<int8_t>(bytes[d % 4] ^ 0x80);
-#else
-        return static_cast<int8_t>(codes[d * Q_TILE + query]);
-#endif
+        Code granule[CODES];
+        std::memcpy(granule, codes + d / CODES * Q_TILE + query, sizeof granule);
+        return static_cast<int8_t>(granule[d % CODES] - CODE_OFFSET);
     }
 
 private:
-    // One scale per row. A granule is 4 codes of a query: as fp32 lines, granules are transposed like channels.
+    // One scale per row. Granules of codes are transposed as the fp32 lines are, in their place.
     void quantize(const Call& call, int padded) {
         any_exact = false;
         for (int i = 0; i < Q_TILE; ++i) {
@@ -127,25 +124,18 @@ private:
             if (scale != 0) row_codes(row, padded, scale, line);
             write_codes(line, padded, i);
         }
-#if defined(SPARGE_INT8_DOT)
-        const int granules = round_up(padded / 4, LANES);
+        const int granules = round_up(padded / CODES, LANES);
         transpose(lines, Q_TILE, granules, granules, codes, Q_TILE);
-#endif
     }
 
     // The codes of query i, in the place of its line or of one before it, which is done with.
     void write_codes(const int8_t* line, int padded, int i) {
-#if defined(SPARGE_INT8_DOT)
-        float* target = lines + i * round_up(padded / 4, LANES);
-        for (int d = 0; d < padded; d += 4) {
-            uint32_t granule;
-            std::memcpy(&granule, line + d, 4);
-            granule ^= 0x80808080u;  // + 128
-            std::memcpy(target + d / 4, &granule, 4);
+        float* target = lines + i * round_up(padded / CODES, LANES);
+        for (int d = 0; d < padded; d += CODES) {
+            Code granule[CODES];
+            for (int j = 0; j < CODES; ++j) granule[j] = static_cast<Code>(line[d + j] + CODE_OFFSET);
+            std::memcpy(target + d / CODES, granule, sizeof granule);
         }
-#else
-        for (int d = 0; d < padded; ++d) codes[d * Q_TILE + i] = line[d];
-#endif
     }
 };
 

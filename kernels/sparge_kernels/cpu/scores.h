@@ -41,19 +41,13 @@ inline void Worker::score_tile(const Task& task, Selection::Kept kept, const flo
     } else {
         for (int i = 0; i < GROUP; i += LANES)
             store(code_factor_ + i, load(query_.code_factor + group + i) * keys.scales[tile]);
-        const int8_t* codes = &keys.codes[size_t(tile) * K_TILE * keys.code_dim];
-#if defined(SPARGE_INT8_DOT)
-        const int granules = keys.code_dim / 4;
-        score_group<DotInt8>(
+        using Granule = CodeDot::Granule;
+        const Code* codes = &keys.codes[size_t(tile) * K_TILE * keys.code_dim];
+        const int granules = keys.code_dim / CODES;
+        score_group<CodeDot>(
             {reinterpret_cast<const Granule*>(codes), granules, 1},
             reinterpret_cast<const Granule*>(query_.codes + group), granules, &keys.starts[size_t(tile) * K_TILE],
             code_factor_, offset + group, count, scores, maxima);
-#else
-        for (int i = 0; i < count * keys.code_dim; ++i) lines_[i] = codes[i];
-        score_group<DotFloat>(
-            {lines_, keys.code_dim, 1}, query_.codes + group, keys.dim, nullptr, code_factor_, offset + group, count,
-            scores, maxima);
-#endif
         if (query_.any_exact) blend_exact_rows(task, tile, group);
     }
     if (task.call.mask.data && kept.kind != OPEN) add_mask(task, tile, group);

@@ -16,10 +16,16 @@
 #define SPARGE_AVX512 1
 #if defined(__AVX512VNNI__)
 #define SPARGE_INT8_DOT 1  // 4 products u8 x s8 a lane
+#else
+#define SPARGE_INT16_DOT 1  // 2 products s16 x s16 a lane
 #endif
 #if defined(__AVX512BF16__)
 #define SPARGE_BF16_DOT 1  // 2 products bf16 x bf16 a lane
 #endif
+#include <immintrin.h>
+#elif !defined(SPARGE_GENERIC) && defined(__AVX2__)
+#define SPARGE_AVX2 1
+#define SPARGE_INT16_DOT 1
 #include <immintrin.h>
 #endif
 
@@ -30,7 +36,7 @@ constexpr int LANES = 16;
 constexpr int VECTORS = 4;  // of queries in a product's register block
 #elif defined(__AVX__)
 constexpr int LANES = 8;
-constexpr int VECTORS = 2;  // 16 registers
+constexpr int VECTORS = 2;
 #else
 constexpr int LANES = 4;
 constexpr int VECTORS = 4;
@@ -50,8 +56,13 @@ inline void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) =
 inline void store(int32_t* p, Ints x) { *reinterpret_cast<UnalignedInts*>(p) = x; }
 inline Floats splat(float x) { return x - Floats{}; }
 inline Ints splat(int32_t x) { return x - Ints{}; }
-inline Floats select(Ints mask, Floats yes, Floats no) {
+inline Floats select(Ints mask, Floats yes, Floats no) {  // a lane of the mask is 0 or -1
+#if defined(SPARGE_AVX2)
+    return reinterpret_cast<Floats>(_mm256_blendv_ps(
+        reinterpret_cast<__m256>(no), reinterpret_cast<__m256>(yes), reinterpret_cast<__m256>(mask)));
+#else
     return reinterpret_cast<Floats>((reinterpret_cast<Ints>(yes) & mask) | (reinterpret_cast<Ints>(no) & ~mask));
+#endif
 }
 
 inline float bits_to_float(uint32_t bits) {
@@ -70,6 +81,8 @@ inline uint32_t float_to_bits(float x) {
 inline Floats maximum(Floats a, Floats b) {
 #if defined(SPARGE_AVX512)
     return reinterpret_cast<Floats>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(SPARGE_AVX2)
+    return reinterpret_cast<Floats>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #else
     return select(a > b, a, b);
 #endif
@@ -91,10 +104,25 @@ inline void store_int8(int8_t* p, Floats x) {
 #if defined(SPARGE_AVX512)
     __m512i whole = _mm512_cvtps_epi32(reinterpret_cast<__m512>(x));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
+#elif defined(SPARGE_AVX2)
+    __m256i whole = _mm256_cvtps_epi32(reinterpret_cast<__m256>(x));
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 #else
     for (int lane = 0; lane < LANES; ++lane) p[lane] = static_cast<int8_t>(std::nearbyint(x[lane]));
 #endif
 }
+
+#if defined(SPARGE_INT16_DOT)
+// The sum of the 2 products of a lane's halves, s16 x s16.
+inline Ints dot_int16(Ints a, Ints b) {
+#if defined(SPARGE_AVX512)
+    return reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+    return reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#endif
+}
+#endif
 
 #if defined(SPARGE_BF16_DOT)
 // Pairs of bf16, `even` in the low halves.
@@ -140,6 +168,8 @@ private:
 inline bool any(Ints mask) {
 #if defined(SPARGE_AVX512)
     return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(SPARGE_AVX2)
+    return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
 #else
     int32_t all = 0;
     for (int lane = 0; lane < LANES; ++lane) all |= mask[lane];
@@ -162,10 +192,16 @@ inline Floats exp2(Floats x) {
 #if defined(SPARGE_AVX512)
     fraction = reinterpret_cast<Floats>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0x09));  // x - floor(x)
 #else
-    Floats inside = select(x < -127.0f, splat(-127.0f), x);
+    Floats inside = maximum(splat(-127.0f), x);  // a NaN stays: 2^-127 comes out as 0
+#if defined(SPARGE_AVX2)
+    Floats floor = reinterpret_cast<Floats>(_mm256_floor_ps(reinterpret_cast<__m256>(inside)));
+    Ints whole = reinterpret_cast<Ints>(_mm256_cvtps_epi32(reinterpret_cast<__m256>(floor)));
+    fraction = inside - floor;
+#else
     Ints whole = __builtin_convertvector(inside, Ints);  // towards 0
     whole += (__builtin_convertvector(whole, Floats) > inside);  // a true comparison is -1
     fraction = inside - __builtin_convertvector(whole, Floats);
+#endif
 #endif
     if (PRECISE) {
         value = fraction * 1.877576673e-3f + 8.989340095e-3f;
@@ -181,8 +217,7 @@ inline Floats exp2(Floats x) {
 #if defined(SPARGE_AVX512)
     return reinterpret_cast<Floats>(_mm512_scalef_ps(reinterpret_cast<__m512>(value), reinterpret_cast<__m512>(x)));
 #else
-    Floats power = reinterpret_cast<Floats>((whole + 127) << 23);
-    return select(x < -126.0f, splat(0.0f), value * power);  // a NaN compares false and stays
+    return value * reinterpret_cast<Floats>((whole + 127) << 23);
 #endif
 }
 
