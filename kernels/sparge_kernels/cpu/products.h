@@ -13,6 +13,7 @@
 namespace sparge {
 
 constexpr int Q_TILE = 128;
+constexpr int Q_PITCH = Q_TILE + 16;  // of Q's channels: a power of two would put them all into a few sets of the cache
 constexpr int K_TILE = 64;
 #if defined(SPARGE_AVX2)
 constexpr int BLOCK_ROWS = 6;  // 12 sums, 2 of B and one of A: of 16 registers; 8 sums do not fill the latency
@@ -108,7 +109,7 @@ inline __attribute__((always_inline)) void accumulate(
     }
 }
 
-// Scores of `rows` keys and GROUP queries: out[row][query] = product * factor[query] + offset[query].
+// Scores of `rows` keys and GROUP queries; `b` is Q's, [steps][Q_PITCH]: out[row][query] = product * factor[query] + offset[query].
 // `start` (or null) is what each row's sum starts from. Raises maxima[query].
 template <class Dot, int ROWS>
 inline __attribute__((always_inline)) void score_block(
@@ -117,7 +118,7 @@ inline __attribute__((always_inline)) void score_block(
     typename Dot::Sum sum[ROWS][VECTORS];
     for (int row = 0; row < ROWS; ++row)
         for (int v = 0; v < VECTORS; ++v) sum[row][v] = Dot::broadcast(start ? start[row] : 0);
-    accumulate<Dot, ROWS>(sum, a, b, Q_TILE, steps);
+    accumulate<Dot, ROWS>(sum, a, b, Q_PITCH, steps);
     for (int v = 0; v < VECTORS; ++v) {
         Floats scale = load(factor + v * LANES), shift = load(offset + v * LANES), largest = load(maxima + v * LANES);
         for (int row = 0; row < ROWS; ++row) {

@@ -64,8 +64,8 @@ struct QueryTile {
     float similarity = 0;       // NaN if the mean is not finite
     bool any_exact = false;
     Aligned<float> mean;        // [padded]
-    Aligned<float> wide;        // [padded][128], fp32
-    Aligned<float> codes;       // [granules][128]
+    Aligned<float> wide;        // [padded][Q_PITCH], fp32
+    Aligned<float> codes;       // [granules][Q_PITCH]
     Aligned<float> code_factor; // [128]: score in bits = code product * this * the K tile's scale + offset
     Aligned<float> factor;      // [128]: the same for the exact product
     Aligned<float> offset;      // [128]: 0, or -inf for lanes without a query
@@ -73,8 +73,8 @@ struct QueryTile {
     Aligned<float> lines;       // [128][padded], scratch
 
     explicit QueryTile(const Call& call)
-        : mean(round_up(call.dim, LANES)), wide(size_t(round_up(call.dim, LANES)) * Q_TILE),
-          codes(size_t(round_up(call.dim, LANES)) * Q_TILE), code_factor(Q_TILE), factor(Q_TILE), offset(Q_TILE),
+        : mean(round_up(call.dim, LANES)), wide(size_t(round_up(call.dim, LANES)) * Q_PITCH),
+          codes(size_t(round_up(call.dim, LANES)) * Q_PITCH), code_factor(Q_TILE), factor(Q_TILE), offset(Q_TILE),
           exact(Q_TILE), lines(size_t(round_up(call.dim, LANES)) * Q_TILE) {}
 
     void prepare(const Call& call, const Rows& q, int tile) {
@@ -95,7 +95,7 @@ struct QueryTile {
         std::memset(lines + rows * padded, 0, sizeof(float) * (Q_TILE - rows) * padded);
         for (int d = 0; d < padded; ++d) mean[d] /= static_cast<float>(rows);
         similarity = all_finite(mean, padded) ? similarity_of(total, padded, rows) : NAN;
-        transpose(lines, Q_TILE, padded, padded, wide, Q_TILE);
+        transpose(lines, Q_TILE, padded, padded, wide, Q_PITCH);
         for (int i = 0; i < Q_TILE; ++i) {
             factor[i] = call.scale * LOG2_E;
             offset[i] = i < rows ? 0 : -INF;
@@ -105,7 +105,7 @@ struct QueryTile {
 
     int8_t code(int query, int d) const {
         Code granule[CODES];
-        std::memcpy(granule, codes + d / CODES * Q_TILE + query, sizeof granule);
+        std::memcpy(granule, codes + d / CODES * Q_PITCH + query, sizeof granule);
         return static_cast<int8_t>(granule[d % CODES] - CODE_OFFSET);
     }
 
@@ -125,7 +125,7 @@ private:
             write_codes(line, padded, i);
         }
         const int granules = round_up(padded / CODES, LANES);
-        transpose(lines, Q_TILE, granules, granules, codes, Q_TILE);
+        transpose(lines, Q_TILE, granules, granules, codes, Q_PITCH);
     }
 
     // The codes of query i, in the place of its line or of one before it, which is done with.

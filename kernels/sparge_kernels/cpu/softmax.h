@@ -64,18 +64,15 @@ inline void Worker::add_values(const Task& task, int tile, int first_group, cons
         return;
     }
 #endif
-    ptrdiff_t stride;
-    const int count = keys_in_tile(task.call, tile);
-    const float* values = task.v.get_many(int64_t(tile) * K_TILE, count, lines_, &stride);
-    if (!keys.finite_values[tile]) {
-        for (int key = 0; key < count; ++key)
-            for (int d = 0; d < dim; ++d)
-                lines_[key * dim + d] = std::fabs(values[key * stride + d]) < INF ? values[key * stride + d] : 0.0f;
-        values = lines_, stride = dim;
-    }
+    // A copy, even of what is fp32: heads of rows that lie far apart would meet in a few sets of the cache.
+    const int count = keys_in_tile(task.call, tile), pitch = ceil_div(dim, 16) * 16 | 16;
+    for (int key = 0; key < count; ++key) task.v.get(int64_t(tile) * K_TILE + key, lines_ + key * pitch);
+    if (!keys.finite_values[tile])
+        for (int i = 0; i < count * pitch; ++i)
+            if (!(std::fabs(lines_[i]) < INF)) lines_[i] = 0;
     for (int group = first_group; group < Q_TILE; group += GROUP)
         value_group<DotFloat>(
-            {values, 1, stride}, scores_ + group * K_TILE, count, rescale[group / GROUP] ? decay_ + group : nullptr,
+            {lines_, 1, pitch}, scores_ + group * K_TILE, count, rescale[group / GROUP] ? decay_ + group : nullptr,
             dim, output_ + group);
 }
 

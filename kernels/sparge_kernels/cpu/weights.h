@@ -34,7 +34,7 @@ public:
         for (int i = 0; i < Q_TILE; i += LANES) {
             Floats squares{};
             for (int d = 0; d < padded; ++d) {
-                const Floats channel = load(query.wide + d * Q_TILE + i);
+                const Floats channel = load(query.wide + d * Q_PITCH + i);
                 squares += channel * channel;
             }
             store(rise_ + i, squares * rise);
@@ -43,8 +43,8 @@ public:
 #if defined(SPARGE_BF16_DOT)
             for (int d = 0; d < padded; d += 2)
                 store(
-                    queries_ + d / 2 * Q_TILE + i,
-                    pack_bf16(load(query.wide + d * Q_TILE + i), load(query.wide + (d + 1) * Q_TILE + i)));
+                    queries_ + d / 2 * Q_PITCH + i,
+                    pack_bf16(load(query.wide + d * Q_PITCH + i), load(query.wide + (d + 1) * Q_PITCH + i)));
 #endif
         }
     }
@@ -69,14 +69,14 @@ public:
 
 private:
     TileWeights(bool used, int key_tiles, int padded)
-        : queries_(used ? size_t(padded) * Q_TILE / 2 : 0), means_(used ? TOGETHER * CLUSTERS * padded : 0),
+        : queries_(used ? size_t(padded) * Q_PITCH / 2 : 0), means_(used ? TOGETHER * CLUSTERS * padded : 0),
           scores_(used ? TOGETHER * CLUSTERS * GROUP : 0), likely_(used ? size_t(key_tiles) * Q_TILE : 0),
           weights_(used ? key_tiles : 0), rise_(Q_TILE), maximum_(Q_TILE), raised_(Q_TILE), mass_(Q_TILE),
           none_(GROUP) {}
 
     int rows_ = 0;
     bool any_bias_ = false;
-    Aligned<int32_t> queries_;      // [padded / 2][Q_TILE], pairs of channels in bf16
+    Aligned<int32_t> queries_;      // [padded / 2][Q_PITCH], pairs of channels in bf16
     Aligned<ClusterNumber> means_;  // [TOGETHER][CLUSTERS][padded / CHANNELS_PER_NUMBER]
     Aligned<float> scores_;         // [TOGETHER][CLUSTERS][GROUP], without the clusters' sizes
     Aligned<float> likely_;         // [parts][Q_TILE]
