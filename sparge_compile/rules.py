@@ -17,9 +17,9 @@ from sparge_kernels import ops
 from sparge_kernels.thresholds import Thresholds
 
 # Fewest queries and keys at which sparse attention beats dense attention, with a margin for small heads and densities
-# near 1. In fp32: without INT8 products, by choice or for want of the instructions.
-# benchmarks/results/cpu_breakeven.md. On GPUs nothing was measured yet: 8192 is an assumption on the safe side.
-BREAK_EVEN = {"cpu": 1024, "cpu in fp32": 8192, "cuda": 8192}
+# near 1: benchmarks/results/cpu_breakeven.md. CPUs go by ops.int8_products; without them, by choice or for want of the
+# instructions, it takes skipped tiles to gain. No GPU was measured yet: 8192 is an assumption on the safe side.
+BREAK_EVEN = {"AVX-512 VNNI": 1024, "AVX2": 2048, "cpu": 8192, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,5 @@ def rule_for(predictor: str, is_causal: bool) -> Rule:
 
 def break_even(device: torch.device, precision: str) -> int:
     """The default `min_tokens` of calls on a device, in tokens."""
-    in_fp32 = device.type == "cpu" and (precision == "none" or not ops.has_int8_products(device))
-    return BREAK_EVEN["cpu in fp32" if in_fp32 else device.type]
+    products = None if precision == "none" else ops.int8_products(device)
+    return BREAK_EVEN[products or device.type]

@@ -18,7 +18,8 @@ from sparge_kernels.cpu import KERNEL_VARIABLE
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.setenv(KERNEL_VARIABLE, "blocked")
-    monkeypatch.setitem(BREAK_EVEN, "cpu in fp32", BREAK_EVEN["cpu"])  # short inputs on every CPU
+    for kind in BREAK_EVEN:
+        monkeypatch.setitem(BREAK_EVEN, kind, 1024)  # short inputs on every CPU
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     torch._dynamo.reset()

@@ -105,7 +105,7 @@ def pasted(monkeypatch, tmp_path):
 
     The default min_tokens is that of the fastest CPUs, which the documents' lengths are for, on every machine.
     """
-    for kind in ("cpu", "cpu in fp32"):
+    for kind in BREAK_EVEN:
         monkeypatch.setitem(BREAK_EVEN, kind, 1024)
     module = ModuleType("pasted")
     vars(module).update(what_a_reader_has())

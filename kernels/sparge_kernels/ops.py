@@ -45,7 +45,7 @@ __all__ = [
     "CallTimer",
     "StatsRecord",
     "check_static",
-    "has_int8_products",
+    "int8_products",
     "record_stats",
     "supported_device",
     "unavailable",
@@ -89,11 +89,11 @@ def unavailable(device: torch.device, has_mask: bool = False, k_len: int = 0) ->
     return triton.unavailable(device, k_len)
 
 
-def has_int8_products(device: torch.device) -> bool:
-    """INT8 products are faster than fp32 ones on this device."""
+def int8_products(device: torch.device) -> str | None:
+    """The instructions of a CPU that multiply INT8 codes faster than fp32 numbers, if it was measured with some."""
     from sparge_kernels import cpu
 
-    return device.type != "cpu" or cpu.has_int8_products()
+    return cpu.int8_products() if device.type == "cpu" else None
 
 
 def unmeasured(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:

@@ -36,7 +36,7 @@ def processor(features: list[str]) -> Iterator[Finding]:
     if "avx512_vnni" in features:
         yield Finding("instruction sets", sets)
     else:
-        slow = "without INT8 products (avx512_vnni) a call gains by the tiles it skips, and by nothing else"
+        slow = "without avx512_vnni a call gains mostly by the tiles it skips"
         yield note("instruction sets", f"{sets}: {slow}", "measure your shapes: python -m sparge_compile bench")
     if "amx_tile" in features:
         yield note("AMX", "bf16 and fp16 calls stay dense by default: nothing was measured on such CPUs")

@@ -48,8 +48,8 @@ def _kernel(device: torch.device) -> str:
     chosen = cpu.chosen_kernel()
     if chosen != "native":
         return f"{chosen}, because {cpu.KERNEL_VARIABLE} says so"
-    products = "INT8 products by AVX-512 VNNI" if ops.has_int8_products(device) else "no fast INT8 products"
-    return f"native, the default ({products})"
+    products = ops.int8_products(device)
+    return f"native, the default ({f'INT8 products by {products}' if products else 'no fast INT8 products'})"
 
 
 def minimum(device: torch.device) -> Iterator[Finding]:
@@ -57,11 +57,11 @@ def minimum(device: torch.device) -> Iterator[Finding]:
     tokens = break_even(device, "int8")
     if device.type == "cuda":
         why = "an assumption: no GPU was measured yet"
-    elif ops.has_int8_products(device):
+    elif (products := ops.int8_products(device)) is not None:
         exact = break_even(device, "none")
-        why = f"the measured break-even of CPUs with AVX-512 VNNI; {exact} with precision='none'"
+        why = f"the measured break-even of CPUs with {products}; {exact} with precision='none'"
     else:
-        why = "without INT8 products it takes skipped tiles to gain, and shorter calls skip too few"
+        why = "without fast INT8 products it takes skipped tiles to gain, and shorter calls skip too few"
     yield Finding("min_tokens", f"{tokens} on {device}: {why}")
     for dtype in (torch.float32, torch.bfloat16):
         if (reason := ops.unmeasured(device, dtype, "int8")) is not None:

@@ -123,7 +123,7 @@ def test_no_break_even_without_times():
 
 
 def test_what_is_said_of_the_defaults_is_true_of_the_dtype(monkeypatch):
-    monkeypatch.setattr(verdict.ops, "has_int8_products", lambda _: True)
+    monkeypatch.setattr(verdict.ops, "int8_products", lambda _: "AVX-512 VNNI")
     monkeypatch.setattr(verdict.ops, "unmeasured", lambda _, dtype, __: "X" if dtype == torch.bfloat16 else None)
     words = {
         dtype: verdict.default_minimum(torch.device("cpu"), dtype, "int8") for dtype in (torch.float32, torch.bfloat16)
@@ -133,7 +133,7 @@ def test_what_is_said_of_the_defaults_is_true_of_the_dtype(monkeypatch):
 
 
 def test_what_a_compiled_model_does_by_default_is_asked_of_the_rules(monkeypatch):
-    monkeypatch.setattr(verdict.ops, "has_int8_products", lambda _: True)
+    monkeypatch.setattr(verdict.ops, "int8_products", lambda _: "AVX-512 VNNI")
     monkeypatch.setattr(verdict.ops, "unmeasured", lambda *_: "AMX was not measured")
     options = {"is_causal": False, "precision": "int8", "dtype": torch.float32}
     assert left_dense(smooth_problem(1000, 1, 8, **options)) == LEFT

@@ -150,7 +150,7 @@ def test_slow_and_unmeasured_instruction_sets_are_said():
     assert levels(["avx2"]) == ["note"]
     assert levels(["avx512_vnni", "amx_tile"]) == ["ok", "note"]
     slow = list(hardware.processor(["avx2"]))[-1].value
-    assert slow.endswith("without INT8 products (avx512_vnni) a call gains by the tiles it skips, and by nothing else")
+    assert slow.endswith("without avx512_vnni a call gains mostly by the tiles it skips")
 
 
 def test_more_threads_than_cpus_are_said(monkeypatch, tmp_path):
@@ -198,10 +198,14 @@ def test_every_gpu_is_named(monkeypatch):
 
 def test_the_default_min_tokens_has_a_source(monkeypatch):
     monkeypatch.setattr(ops, "unmeasured", lambda *_: None)
-    monkeypatch.setattr(ops, "has_int8_products", lambda _: True)
-    assert only(kernels.minimum(kernels.CPU)).value.startswith("1024 on cpu: the measured break-even")
+    for products, tokens in (("AVX-512 VNNI", 1024), ("AVX2", 2048)):
+        monkeypatch.setattr(ops, "int8_products", lambda _, it=products: it)
+        found = only(kernels.minimum(kernels.CPU)).value
+        assert found.startswith(
+            f"{tokens} on cpu: the measured break-even of CPUs with {products}; 8192 with precision"
+        )
     assert "an assumption" in only(kernels.minimum(torch.device("cuda", 0))).value
-    monkeypatch.setattr(ops, "has_int8_products", lambda _: False)
+    monkeypatch.setattr(ops, "int8_products", lambda _: None)
     assert "it takes skipped tiles to gain" in only(kernels.minimum(kernels.CPU)).value
     monkeypatch.setattr(ops, "unmeasured", lambda device, dtype, _: "AMX" if dtype == torch.bfloat16 else None)
     assert [one.level for one in kernels.minimum(kernels.CPU)] == ["ok", "note"]

@@ -106,7 +106,7 @@ def test_bf16_on_a_cpu_with_amx_is_dense_unless_a_length_is_given(tmp_path, monk
     assert run(attention, *INPUTS, policy=Policy())[1].rewritten == [True]
 
 
-def test_the_default_length_is_longer_where_products_are_in_fp32(tmp_path, monkeypatch):
+def test_the_default_length_is_that_of_the_products_instructions(tmp_path, monkeypatch):
     def reason(**fields):
         return run(attention, *INPUTS, policy=Policy(**fields))[1].reason
 
@@ -114,11 +114,14 @@ def test_the_default_length_is_longer_where_products_are_in_fp32(tmp_path, monke
     assert not reason()
     assert "min_tokens is 77:" in reason(precision="none")
     cpu_with(tmp_path, monkeypatch, "avx2 fma")
-    assert "min_tokens is 77:" in reason()
+    assert "min_tokens is 55:" in reason() and "min_tokens is 77:" in reason(precision="none")
+    for features in ("avx2 fma avx512f avx512bw", "sse4_2", "asimd"):  # not measured, or in fp32
+        cpu_with(tmp_path, monkeypatch, features)
+        assert "min_tokens is 77:" in reason()
 
 
 def cpu_with(tmp_path, monkeypatch, flags):
     monkeypatch.setattr(build, "CPU_INFO", tmp_path / "cpuinfo")
     build.CPU_INFO.write_text(f"flags : {flags}\n")
-    monkeypatch.setitem(BREAK_EVEN, "cpu", 0)
-    monkeypatch.setitem(BREAK_EVEN, "cpu in fp32", 77)
+    for kind, tokens in (("AVX-512 VNNI", 0), ("AVX2", 55), ("cpu", 77)):
+        monkeypatch.setitem(BREAK_EVEN, kind, tokens)
