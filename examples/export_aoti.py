@@ -106,7 +106,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--tokens", type=positive, default=8192, help="the length to export with; others are served too"
     )
     parser.add_argument(
-        "--min-tokens", type=positive, default=8192, help="fewer stay dense (8192; with AVX-512 VNNI 1024 is enough)"
+        "--min-tokens",
+        type=positive,
+        default=8192,
+        help="fewer stay dense (8192; with AVX2 2048, with AVX-512 VNNI 1024 is enough)",
     )
     parser.add_argument("--out", type=Path, help="the package to write, FILE.pt2; default: none is kept")
     parser.add_argument("--rounds", type=positive, default=5, help="how often each package is measured")
