@@ -52,7 +52,9 @@ def rule_for(predictor: str, is_causal: bool) -> Rule:
     return next(rule for rule in RULES if rule.fits(predictor, is_causal))
 
 
-def break_even(device: torch.device, precision: str) -> int:
-    """The default `min_tokens` of calls on a device, in tokens."""
+def break_even(device: torch.device, precision: str, has_bias: bool = False) -> int:
+    """The default `min_tokens` of calls on a device, in tokens. has_bias: of those with a mask of floats."""
     products = None if precision == "none" else ops.int8_products(device)
+    if has_bias and products == "AVX2":
+        products = None  # tiles that a bias covers are computed in fp32, and lose: results/masks.md
     return BREAK_EVEN[products or device.type]

@@ -29,7 +29,7 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     kept_dense = _kept_dense(claim, policy)
     if kept_dense is not None:
         return Refusal(f"the profile keeps it dense ({kept_dense})", requested=True)
-    minimum = min_tokens(policy, device, claim.precision)
+    minimum = min_tokens(policy, device, claim.precision, _has_bias(claim))
     long_enough = _reaches(query.shape[2], key.shape[2], minimum)
     if long_enough is False:
         q_len, k_len = dynamo.hint(query.shape[2]), dynamo.hint(key.shape[2])
@@ -56,9 +56,13 @@ def decide(claim: Claim, policy: Policy) -> Decision | Refusal:
     )
 
 
-def min_tokens(policy: Policy, device: torch.device, precision: str) -> int:
+def min_tokens(policy: Policy, device: torch.device, precision: str, has_bias: bool = False) -> int:
     """The policy's minimum, or the device's measured break-even."""
-    return break_even(device, precision) if policy.min_tokens is None else policy.min_tokens
+    return break_even(device, precision, has_bias) if policy.min_tokens is None else policy.min_tokens
+
+
+def _has_bias(claim: Claim) -> bool:
+    return any(dynamo.example(mask.operand.node).dtype != torch.bool for mask in claim.masks)
 
 
 def _kept_dense(claim: Claim, policy: Policy) -> str | None:

@@ -37,6 +37,8 @@ def processor(features: list[str]) -> Iterator[Finding]:
         yield Finding("instruction sets", sets)
     else:
         slow = "without avx512_vnni a call gains mostly by the tiles it skips"
+        if "avx2" not in features or "avx512f" in features:
+            slow = "on such CPUs nothing was measured, and a call may gain only by the tiles it skips"
         yield note("instruction sets", f"{sets}: {slow}", "measure your shapes: python -m sparge_compile bench")
     if "amx_tile" in features:
         yield note("AMX", "bf16 and fp16 calls stay dense by default: nothing was measured on such CPUs")

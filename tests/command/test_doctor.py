@@ -151,6 +151,8 @@ def test_slow_and_unmeasured_instruction_sets_are_said():
     assert levels(["avx512_vnni", "amx_tile"]) == ["ok", "note"]
     slow = list(hardware.processor(["avx2"]))[-1].value
     assert slow.endswith("without avx512_vnni a call gains mostly by the tiles it skips")
+    for features in (["sse4_2"], ["avx2", "avx512f"]):
+        assert "nothing was measured" in list(hardware.processor(features))[-1].value
 
 
 def test_more_threads_than_cpus_are_said(monkeypatch, tmp_path):

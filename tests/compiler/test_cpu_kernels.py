@@ -115,9 +115,16 @@ def test_the_default_length_is_that_of_the_products_instructions(tmp_path, monke
     assert "min_tokens is 77:" in reason(precision="none")
     cpu_with(tmp_path, monkeypatch, "avx2 fma")
     assert "min_tokens is 55:" in reason() and "min_tokens is 77:" in reason(precision="none")
+    for dtype, minimum in ((torch.float32, 77), (torch.bool, 55)):
+        mask = torch.eye(INPUTS[0].shape[2], INPUTS[1].shape[2]).to(dtype)
+        assert f"min_tokens is {minimum}:" in run(masked, *INPUTS, mask, policy=Policy())[1].reason
     for features in ("avx2 fma avx512f avx512bw", "sse4_2", "asimd"):  # not measured, or in fp32
         cpu_with(tmp_path, monkeypatch, features)
         assert "min_tokens is 77:" in reason()
+
+
+def masked(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def cpu_with(tmp_path, monkeypatch, flags):

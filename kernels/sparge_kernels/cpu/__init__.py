@@ -45,9 +45,14 @@ def unavailable(has_mask: bool) -> str | None:
 
 
 def int8_products() -> str | None:
-    """The instructions that multiply INT8 codes faster than fp32 numbers here; None: none of those measured."""
+    """The instructions by which the native kernel multiplies INT8 codes faster than fp32 numbers here.
+
+    None: none of those measured, or another kernel was chosen.
+    """
     from sparge_kernels.cpu import build
 
+    if chosen_kernel() != "native":
+        return None
     features = build.cpu_features().split()
     if "avx512_vnni" in features:
         return "AVX-512 VNNI"

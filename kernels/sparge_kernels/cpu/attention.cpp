@@ -17,8 +17,8 @@ constexpr int TASKS_PER_THREAD = 32;  // query tiles between two meetings of the
 int64_t heads_at_a_time(const Call& call) {
     const int64_t tasks = ceil_div(call.q_len, Q_TILE) * (call.q_heads / call.kv_heads);
     const int64_t wanted = ceil_div(int64_t(call.threads) * TASKS_PER_THREAD, tasks);
-    // Prepared heads take a quarter of what theirs take in fp32 (half, where codes are fp32): with half of the heads at a
-    // time, an eighth of the whole.
+    // Prepared heads take 3/8 of what their K and V take in fp32, at most half (where codes are fp32): with half of the
+    // heads at a time, a quarter of the whole or less.
     const int64_t affordable = std::max<int64_t>(1, call.batch * call.kv_heads / 2);
     return std::min(affordable, std::max<int64_t>(1, wanted));
 }

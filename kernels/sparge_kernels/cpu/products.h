@@ -109,8 +109,8 @@ inline __attribute__((always_inline)) void accumulate(
     }
 }
 
-// Scores of `rows` keys and GROUP queries; `b` is Q's, [steps][Q_PITCH]: out[row][query] = product * factor[query] + offset[query].
-// `start` (or null) is what each row's sum starts from. Raises maxima[query].
+// Scores of ROWS keys and GROUP queries: out[row][query] = product * factor[query] + offset[query]. `b` is Q's,
+// [steps][Q_PITCH]; `start` (or null) is what each row's sum starts from. Raises maxima[query].
 template <class Dot, int ROWS>
 inline __attribute__((always_inline)) void score_block(
     Operand<typename Dot::Granule> a, const typename Dot::Granule* b, int steps, const int32_t* start,

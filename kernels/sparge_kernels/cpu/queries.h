@@ -11,7 +11,10 @@ template <class T>
 struct Aligned {  // scratch memory on cache lines
     T* data = nullptr;
     explicit Aligned(size_t count) {
-        size_t bytes = (count * sizeof(T) + 63) / 64 * 64 + 64;
+        size_t bytes = count * sizeof(T);
+#if !defined(__SANITIZE_ADDRESS__)  // which is to see every step beyond the end
+        bytes = (bytes + 63) / 64 * 64 + 64;
+#endif
         data = static_cast<T*>(::operator new(bytes, std::align_val_t(64)));
         std::memset(static_cast<void*>(data), 0, bytes);
     }

@@ -47,7 +47,7 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4), may_alias));
 typedef Floats UnalignedFloats __attribute__((aligned(4), may_alias));
 typedef Ints UnalignedInts __attribute__((aligned(4), may_alias));
 
-typedef int32_t Granule __attribute__((may_alias));  // 4 int8 or 2 bf16 as a product reads them
+typedef int32_t Granule __attribute__((may_alias));  // 4 int8, 2 int16 or 2 bf16 as a product reads them
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
