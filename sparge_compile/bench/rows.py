@@ -203,7 +203,7 @@ class Shape:
             found = self.target.stages(problem)
             for stage in found.values():
                 stage()
-        except Exception as error:  # as above
+        except Exception as error:  # whatever a compiler may raise: the whole call is timed all the same
             row.note = f"stages not measured ({in_words(error)})"
             return {}
         return found

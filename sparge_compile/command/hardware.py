@@ -13,6 +13,7 @@ import torch
 
 from sparge_compile.bench import gpu_machine, machine
 from sparge_compile.command.findings import Finding, note, problem
+from sparge_kernels import cpu
 from sparge_kernels.cpu import build
 
 OPENMP = re.compile(r"\S*/(?:lib)?(?:gomp|iomp5|omp)[^/\s]*\.(?:so|dylib)\S*")
@@ -33,11 +34,12 @@ def processor(features: list[str]) -> Iterator[Finding]:
     facts = machine.cpu_facts()
     yield Finding("CPU", facts.get("model name") or "unknown model")
     sets = ", ".join(f"{name} {'yes' if name in features else 'no'}" for name in machine.INSTRUCTION_SETS)
-    if "avx512_vnni" in features:
+    products = cpu.products_of(features)
+    if products == "AVX-512 VNNI":
         yield Finding("instruction sets", sets)
     else:
         slow = "without avx512_vnni a call gains mostly by the tiles it skips"
-        if "avx2" not in features or "avx512f" in features:
+        if products is None:
             slow = "on such CPUs nothing was measured, and a call may gain only by the tiles it skips"
         yield note("instruction sets", f"{sets}: {slow}", "measure your shapes: python -m sparge_compile bench")
     if "amx_tile" in features:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +51,11 @@ def int8_products() -> str | None:
     """
     from sparge_kernels.cpu import build
 
-    if chosen_kernel() != "native":
-        return None
-    features = build.cpu_features().split()
+    return products_of(build.cpu_features().split()) if chosen_kernel() == "native" else None
+
+
+def products_of(features: Collection[str]) -> str | None:
+    """`int8_products` of a CPU with these features."""
     if "avx512_vnni" in features:
         return "AVX-512 VNNI"
     # In 16 bits. With AVX-512 but no VNNI that is done too, beside a faster dense attention: not measured.

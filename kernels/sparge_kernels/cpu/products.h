@@ -33,30 +33,27 @@ struct DotFloat {
     static inline Floats value(Sum sum) { return sum; }
 };
 
-#if defined(SPARGE_INT8_DOT)
-struct DotInt8 {  // B is unsigned: codes + 128
+#if defined(SPARGE_INT8_DOT) || defined(SPARGE_INT16_DOT)
+struct DotInts {
     using Sum = Ints;
     using Granule = sparge::Granule;
     static inline Sum broadcast(int32_t x) { return splat(x); }
-    static inline Sum add(Sum sum, Ints a, Ints b) {
-        return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
-            reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(a)));
-    }
     static inline Ints load_b(const Granule* p) { return *reinterpret_cast<const Ints*>(p); }
     static inline Ints load_a(Granule x) { return splat(x); }
     static inline Floats value(Sum sum) { return to_floats(sum); }
 };
 #endif
 
-#if defined(SPARGE_INT16_DOT)
-struct DotInt16 {
-    using Sum = Ints;
-    using Granule = sparge::Granule;
-    static inline Sum broadcast(int32_t x) { return splat(x); }
+#if defined(SPARGE_INT8_DOT)
+struct DotInt8 : DotInts {  // B is unsigned: codes + 128
+    static inline Sum add(Sum sum, Ints a, Ints b) {
+        return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
+            reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(a)));
+    }
+};
+#elif defined(SPARGE_INT16_DOT)
+struct DotInt16 : DotInts {
     static inline Sum add(Sum sum, Ints a, Ints b) { return sum + dot_int16(a, b); }
-    static inline Ints load_b(const Granule* p) { return *reinterpret_cast<const Ints*>(p); }
-    static inline Ints load_a(Granule x) { return splat(x); }
-    static inline Floats value(Sum sum) { return to_floats(sum); }
 };
 #endif
 
